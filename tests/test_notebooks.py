@@ -1,0 +1,24 @@
+"Every component notebook runs from top to bottom, as its reader would run it."
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from nbdev.test import test_nb as run_notebook
+
+run_notebook.__test__ = False
+NBS = Path(__file__).parent.parent / "nbs"
+COMPONENTS = sorted(p for p in NBS.rglob("*.ipynb") if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts)
+
+
+@pytest.mark.parametrize("path", COMPONENTS, ids=lambda p: str(p.relative_to(NBS)))
+def test_notebook_runs(path):
+    began, here = time.monotonic(), os.getcwd()
+    ok, _ = run_notebook(path)
+    os.chdir(here)
+    assert ok, f"{path.relative_to(NBS)} failed after {time.monotonic() - began:.0f} s: open it in Jupyter (make lab) and run it"
+
+
+def test_there_are_notebooks():
+    assert len(COMPONENTS) >= 10
