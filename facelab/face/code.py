@@ -7,7 +7,7 @@ __all__ = ['PAPER_DIMS', 'FaceCode', 'split_code', 'unpack', 'mean_code', 'sh_co
            'to_focus', 'to_deep3d']
 
 # %% ../../nbs/face/25_code.ipynb #imports
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float

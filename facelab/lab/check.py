@@ -30,7 +30,7 @@ def out_of_sync(
         for name in ("nbs", "facelab"):
             shutil.copytree(top / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
         env = {**os.environ, "PYTHONPATH": str(copy)}
-        code = "from nbdev.export import nb_export; from nbdev.export import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export.__wrapped__(); nbdev_clean.__wrapped__()"
+        code = "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export.__wrapped__(); nbdev_clean.__wrapped__()"
         subprocess.run([sys.executable, "-c", code], cwd=copy, env=env, check=True, stdout=subprocess.DEVNULL)
         changed = []
         for name in ("nbs", "facelab", "pyproject.toml"):
