@@ -97,7 +97,7 @@ check)
 list)
     setup; PATH="$here/.venv/bin:$PATH"; export PATH; python -m facelab.lab.run --list ;;
 bench)
-    setup; PATH="$here/.venv/bin:$PATH"; export PATH; python -m facelab.lab.run benchmark "$@" ;;
+    setup; PATH="$here/.venv/bin:$PATH"; export PATH; python -m facelab.lab.run face-benchmark "$@" ;;
 bases)
     setup; PATH="$here/.venv/bin:$PATH"; export PATH; quiet_kernel; sh bases/make.sh "$@" ;;
 lab)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .morphable import MorphableModel
+from .morphable import MorphableModel, check_size
 from ..lab.arrays import read_h5, read_mat, require
 from ..lab.errors import InputError, ShapeError
 
@@ -47,6 +47,14 @@ def _given_landmarks(landmarks68, path, v: int) -> Tensor | None:
         raise ShapeError("landmarks68", f"{len(landmarks68)} ids", "68, in iBUG's order", "Give one vertex id a landmark.")
     return _vertex_ids(landmarks68, path, "landmarks68", v, 0)
 
+# %% ../../nbs/face/38_bfm.ipynb #other-year
+def _refuse_other_year(path: str | Path, head: bytes, came: str, needed: str, reader: str):
+    "A Basel file of the other year is told apart by its first bytes, and its reader is named."
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            if file.read(len(head)) == head:
+                raise InputError(path, came, needed, f"Read it with {reader}.")
+
 # %% ../../nbs/face/38_bfm.ipynb #named
 def named_landmarks(
     stored,  # metadata/landmarks/json: text, bytes, or an array of them
@@ -54,7 +62,7 @@ def named_landmarks(
     path: str | Path = "landmarks",  # for messages
 ) -> dict[str, int]:  # name -> nearest vertex
     "The landmarks that BFM 2017 stores by name and coordinates."
-    if isinstance(stored, np.ndarray):
+    if isinstance(stored, (np.ndarray, np.void)):
         stored = str(stored.flat[0]) if stored.dtype.kind in "OU" else stored.tobytes().decode("utf-8", "replace")
     try:
         held = json.loads(stored.rstrip("\0"))
@@ -65,6 +73,20 @@ def named_landmarks(
         raise InputError(f"{path}: metadata/landmarks/json", f"{type(error).__name__}: {error}", "a JSON list of {id, coordinates}", "Is the file damaged? Download it again.") from None
     return {name: int(((verts - place) ** 2).sum(1).argmin()) for name, place in places.items()}
 
+# %% ../../nbs/face/38_bfm.ipynb #own-file
+def _own_file(*names: str) -> Path:  # assets, the preferred one first
+    "The user's file: the first of these assets that is there. Where none is, the error is about the first."
+    from facelab.lab.assets import find_asset
+    from facelab.lab.errors import AssetError
+
+    missing = None
+    for name in names:
+        try:
+            return find_asset(name)
+        except AssetError as error:
+            missing = missing or error
+    raise missing
+
 # %% ../../nbs/face/38_bfm.ipynb #bfm2017
 def from_bfm2017(
     path: str | Path | None = None,  # model2017-1_bfm_nomouth.h5 or the cropped face12; None looks where lab.assets says
@@ -74,10 +96,8 @@ def from_bfm2017(
     landmarks68: Sequence[int] | str | Path | None = None,  # vertex ids from 0, or a text file of them
 ) -> MorphableModel:
     "The Basel Face Model 2017 (Gerig et al. 2018). The file stays the user's: registration, academic use."
-    if path is None:
-        from facelab.lab.assets import find_asset
-
-        path = find_asset("bfm2017")
+    path = _own_file("bfm2017", "bfm2017-face12") if path is None else path
+    _refuse_other_year(path, b"MATLAB 5.0", "a MATLAB file, as BFM 2009 is", "BFM 2017's .h5", "from_bfm2009")
     tree = read_h5(path)
     spec = {f"{part}/model/{key}": axes for part, k in (("shape", "s"), ("expression", "e"), ("color", "t")) for key, axes in (("mean", ("n", float)), ("pcaBasis", ("n", k, float)), ("pcaVariance", (k, float)))}
     n = require(tree, path, spec | {"shape/representer/cells": (3, "f", int)})["n"]
@@ -89,6 +109,7 @@ def from_bfm2017(
             raise ShapeError(f"{path}: {key}/model/pcaVariance", "a negative variance", "variances (they are rooted here)", "Is the file damaged?")
     basis = {key: _basis(model["pcaBasis"], np.sqrt(np.asarray(model["pcaVariance"], np.float64)), number, 1.0, v) for (key, model), number in zip(parts.items(), (num_shape, num_exp, num_tex))}
     mean = (np.asarray(parts["shape"]["mean"], np.float64) + parts["expression"]["mean"]).reshape(v, 3)
+    check_size(mean, str(path))
     info = {"source": Path(path).name, "licence": "BFM 2017: academic, non-commercial; not to be passed on", "centroid": tuple(map(float, mean.mean(0)))}
     marks = tree.get("metadata", {})
     if "json" in marks.get("landmarks", {}):
@@ -110,6 +131,7 @@ def _from_deep3d(path, recenter: bool, name: str = "bfm2009") -> MorphableModel:
         raise ShapeError(f"{path}: meanshape", f"{n} numbers", "three a vertex", "Is the file damaged?")
     v = n // 3
     mean = 100 * np.asarray(arrays["meanshape"], np.float64).reshape(v, 3)
+    check_size(mean, str(path))
     centroid = mean.mean(0)
     faces = _vertex_ids(arrays["tri"], path, "tri", v, 1)
     regions, info = {}, {"source": Path(path).name, "licence": "BFM 2009: academic, non-commercial; not to be passed on", "recentred": recenter}
@@ -138,6 +160,7 @@ def _from_original(path, num_shape: int | None, num_tex: int | None, landmarks68
         raise ShapeError(f"{path}: shapeMU", f"{n} numbers", "three a vertex", "Is the file damaged?")
     v = n // 3
     mean, tex = (torch.from_numpy((np.asarray(arrays[key], np.float64) * unit).astype(np.float32).reshape(v, 3)) for key, unit in (("shapeMU", 1e-3), ("texMU", 1 / 255)))
+    check_size(mean, str(path))
     info = {"source": Path(path).name, "licence": "BFM 2009: academic, non-commercial; not to be passed on", "centroid": tuple(mean.mean(0).tolist())}
     return MorphableModel(
         "bfm2009", mean, _basis(arrays["shapePC"], arrays["shapeEV"][:, 0], num_shape, 1e-3, v), torch.zeros(v, 3, 0),
@@ -154,10 +177,8 @@ def from_bfm2009(
     landmarks68: Sequence[int] | str | Path | None = None,  # for the original file, which has none
 ) -> MorphableModel:
     "The Basel Face Model 2009 (Paysan et al. 2009), in Deep3D's layout or the original one. The file stays the user's."
-    if path is None:
-        from facelab.lab.assets import find_asset
-
-        path = find_asset("bfm2009")
+    path = _own_file("bfm2009-front", "bfm2009") if path is None else path  # Deep3D's has expressions
+    _refuse_other_year(path, b"\x89HDF", "an HDF5 file, as BFM 2017 is", "BFM 2009's .mat (MATLAB 5)", "from_bfm2017")
     try:
         read_mat(path, ["shapeEV"])
     except InputError as error:

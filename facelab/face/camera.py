@@ -121,7 +121,7 @@ def facing(
     "From a turn of the head to the rotation of a camera before it."
     return turn * turn.new_tensor([1.0, -1.0, -1.0])[:, None]
 
-# %% ../../nbs/face/10_camera.ipynb #tensor2
+# %% ../../nbs/face/10_camera.ipynb #rows
 def _rows(value, like: Tensor) -> Tensor:
     "`value` (numbers or a tensor) as a tensor that broadcasts over the rows of `like`, of its dtype and device."
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
@@ -276,7 +276,7 @@ def look_at(
     focal = _rows(focal, eye)
     return cls(rotation, -(rotation @ eye[..., None])[..., 0], focal if focal.ndim == 2 else focal[:, None].expand(-1, 2), _rows(centre, eye))
 
-
+# %% ../../nbs/face/10_camera.ipynb #orbit
 @patch_to(Camera, cls_method=True)
 def orbit(
     cls,

@@ -75,7 +75,7 @@ def unsphere(
 # %% ../../nbs/face/28_head_base.ipynb #profile
 KNOTS = {  # name: (smoothing in mm, {y in mm: value}); all ours, picked by eye
     "front": (4.0, {-170: 112, -90: 112, -76: 111, -70: 110, -62: 109.5, -52: 107.5, -44: 109, -34: 110, -25: 110, -12: 107.5, 0: 105, 15: 102.5, 30: 102, 45: 103.5, 60: 106.5, 90: 106.5}),
-    "width": (8.0, {-170: 48, -76: 50, -65: 55, -50: 62, -34: 67.5, -20: 71, 0: 74, 30: 76.5, 60: 78.5, 90: 79}),
+    "width": (8.0, {-170: 48, -76: 50, -65: 53.5, -50: 60, -34: 65.5, -20: 69.5, 0: 73.5, 30: 76.5, 60: 78.5, 90: 79}),
     "square": (10.0, {-170: 2.15, -50: 2.15, -34: 2.1, -15: 2.35, 0: 2.5, 30: 2.4, 60: 2.2, 90: 2.05, 150: 2.05}),
     "back": (8.0, {-170: 66, -40: 68, -25: 71, -10: 77, 5: 84, 20: 91, 50: 96.5, 90: 96.5}),
     "jaw_y": (5.0, {-12: -86, 0: -87, 12: -86, 21: -82, 34: -75, 48: -63, 58: -53, 70: -46, 80: -38, 95: -28, 120: -34, 180: -40}),
@@ -139,7 +139,7 @@ def slit(
 ) -> Float[np.ndarray, "*n"]:  # y, mm
     "The line on which closed lips meet."
     a = np.abs(x) / MOUTH_X
-    return -33.6 - 0.6 * bump(x, 3.2) + 0.45 * bump(a - 0.42, 0.16) - smoothstep(a, 0.55, 1.0)
+    return -33.6 - 0.6 * bump(x, 3.2) + 0.45 * bump(a - 0.42, 0.16) + 0.2 * smoothstep(a, 0.55, 1.0)
 
 
 def lip_heights(
@@ -178,7 +178,7 @@ def close_slit(
 # %% ../../nbs/face/28_head_base.ipynb #eye-contour
 EYE_X, EYE_Y, EYE_Z = 31.5, 35.0, 80.3  # mm; centre of the subject's left eyeball
 EYE_RADIUS, LID = 14.8, 1.6  # mm; radius that the lids are draped over, thickness of the lids
-EYE_HALF = 12.6  # mm; half width of the opening
+EYE_HALF = 13.0  # mm; half width of the opening
 
 
 def eye_contour(
@@ -188,6 +188,6 @@ def eye_contour(
     "The edge of the lids of the open eye."
     c, s = np.cos(t), np.sin(t)
     x = EYE_X + (EYE_HALF + grow) * np.sign(c) * np.abs(c) ** 0.95
-    upper = (6.6 + grow) * np.maximum(s, 0) ** 0.95 * (1 - 0.06 * c)
-    lower = (3.7 + 1.1 * grow) * np.maximum(-s, 0) ** 0.9 * (1 + 0.1 * c)
+    upper = (6.6 + grow) * np.maximum(s, 0) ** 1.12 * (1 - 0.06 * c)
+    lower = (3.7 + 1.1 * grow) * np.maximum(-s, 0) ** 1.0 * (1 + 0.1 * c)
     return x, 33.2 + 0.065 * (x - EYE_X) + upper - lower

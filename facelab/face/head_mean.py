@@ -27,10 +27,10 @@ FEATURES = {  # name: rows of (height, |x|, y, width across, width up, tilt); mm
     "brow ridge": ((2.2, 20, 61, 15, 6, -0.08), (2.0, 40, 62, 12, 6, -0.25), (-1.2, 0, 46, 9, 9, 0.0)),
     "forehead": ((2.0, 28, 92, 22, 18, 0.0), (-5.5, 69, 52, 10, 20, 0.0)),
     "socket": ((-8.0, 30, 37, 15, 11, 0.0), (-5.5, 16, 34, 6, 10, 0.0), (-2.5, 45, 33, 6, 8, 0.0), (-2.0, 26, 12, 7, 9, 0.5)),
-    "cheek": ((2.6, 43, 13, 15, 12, -0.5), (2.5, 60, 14, 12, 12, 0.0), (-2.8, 50, -25, 14, 16, 0.0), (2.0, 30, -12, 9, 12, 0.35)),
-    "muzzle": ((2.8, 0, -33, 20, 17, 0.0), (-1.8, 31, -36, 5, 6, 0.0)),
-    "chin": ((2.0, 0, -64, 14, 9, 0.0), (0.8, 10, -66, 8, 8, 0.0), (-2.2, 0, -51, 13, 4.2, 0.0), (-1.2, 20, -56, 7, 9, 0.4)),
-    "nose wing groove": ((-0.8, 19.6, -1.5, 1.8, 6, 0.2),),
+    "cheek": ((2.6, 43, 13, 15, 12, -0.5), (2.5, 60, 14, 12, 12, 0.0), (-2.8, 50, -25, 14, 16, 0.0), (2.0, 30, -12, 9, 12, 0.35), (-0.8, 26.5, -19, 2.4, 8, 0.46)),
+    "muzzle": ((4.5, 0, -33, 17, 17, 0.0), (-2.8, 29.5, -35, 6, 7, 0.0)),
+    "chin": ((2.6, 0, -64, 14, 9, 0.0), (0.8, 10, -66, 8, 8, 0.0), (-3.0, 0, -51, 13, 4.2, 0.0), (-1.2, 20, -56, 7, 9, 0.4)),
+    "nose wing groove": ((-1.3, 19.6, -1.5, 1.8, 6, 0.2),),
 }
 
 
@@ -46,7 +46,7 @@ def bump_2d(
     return bump(c * dx + s * dy, wide) * bump(-s * dx + c * dy, tall)
 
 # %% ../../nbs/face/32_head_mean.ipynb #nose
-RIDGE = {-16: 1, -8: 6, 0: 13, 5: 17, 12: 19, 20: 17, 30: 12.5, 38: 8, 46: 4.8, 56: 1.5, 70: 0}  # y: height of the ridge, mm
+RIDGE = {-16: 1, -8: 6, 0: 13, 5: 17, 12: 18, 20: 15.5, 30: 11, 38: 6.8, 46: 3.8, 56: 1.2, 70: 0}  # y: height of the ridge, mm
 
 
 def mound(
@@ -75,12 +75,13 @@ def nose_height(
     y: Float[np.ndarray, "*n"],  # mm
 ) -> Float[np.ndarray, "*n"]:  # mm over the face without a nose
     "Height of the nose."
-    wide = np.interp(y, [-10, 8, 30, 40, 60], [9.5, 8.8, 6.6, 7.4, 14])
-    h = np.interp(y, *_ridge()) * bump(x, wide)
-    h = smooth_max(h, 21.5 * mound(x, y, (0, 3.2), (10.8, 13.0, 9.6), 1.3), 5.0)
-    h = smooth_max(h, 9.0 * mound(x + 0.25 * (y + 2.5), y, (12.0, -2.6), (6.2, 8.5, 6.6), 1.7), 9.0)
+    wide = np.interp(y, [-10, 8, 30, 40, 60], [9.5, 9.2, 6.4, 6.8, 14])
+    h = np.interp(y, *_ridge()) * np.exp(-((x**2 / (2 * wide**2)) ** np.interp(y, [30, 50], [1.3, 1.0])))
+    h = smooth_max(h, 22.2 * mound(x, y, (0, 3.0), (11.0, 11.5, 9.6), 1.4), 5.0)
+    h = smooth_max(h, 11.0 * mound(x + 0.25 * (y + 2.5), y, (13.0, -2.8), (6.4, 8.0, 6.4), 1.7), 6.0)
     h = smooth_max(h, 9.0 * mound(x, y, (0, -7.0), (4.4, 8.0, 5.4), 1.3), 5.0) - 1.4 * mound(x, y, (0, 0), (17, 18, 13), 2)
-    return h - 3.2 * bump_2d(x, y, (7.6, -8.6, 2.8, 1.5, -0.25))
+    h = h - 1.3 * bump_2d(x, y, (9.6, 1.0, 1.8, 4.5, -0.3))
+    return h - 5.0 * bump_2d(x, y, (7.4, -8.6, 2.9, 1.7, -0.25))
 
 # %% ../../nbs/face/32_head_mean.ipynb #lips
 def with_lips(
@@ -116,11 +117,11 @@ def skin_z(
     face = smooth_max(face, ball, 3.6)
     crease = 44.3 + 0.02 * (ax - EYE_X) - 4.2 * ((ax - 31) / 15) ** 2
     near = bump(ax - 31, 11.0)
-    face = face + near * (1.0 * bump(y - crease - 4.3, 2.6) - 1.5 * bump(y - crease, 1.1) - 0.7 * bump(y - 25.2, 1.4))
+    face = face + near * (1.5 * bump(y - crease - 4.3, 2.6) - 1.6 * bump(y - crease, 1.1) - 0.7 * bump(y - 25.2, 1.4))
     return z + weight * (face - z)
 
 # %% ../../nbs/face/32_head_mean.ipynb #lids
-BALL = 14.3  # mm; radius of the eyeball that is drawn (half a millimetre less than the sculpture's, so that it does not poke through)
+BALL = 14.0  # mm; radius of the eyeball that is drawn (0.8 mm less than the sculpture's, so that it does not poke through)
 
 
 def _ball_z(xy: np.ndarray, radius: float) -> np.ndarray:  # z over the subject's left eyeball
@@ -194,7 +195,7 @@ def teeth_patch(lower: bool) -> Float[np.ndarray, "v 3"]:  # mm
     s, up = 2.0 * col / (TEETH.columns - 1) - 1, row / (TEETH.rows - 1)
     y = -36.6 - 11 * (1 - up) if lower else -35.2 + 11 * up
     edge = up if lower else 1 - up
-    return np.stack([23.5 * np.sin(1.25 * s), y, 102 - 26 * (1 - np.cos(1.25 * s)) - (2.0 if lower else 0.0) - 1.0 * (1 - edge)], -1)
+    return np.stack([24.0 * np.sin(1.45 * s), y, 104.5 - 24 * (1 - np.cos(1.45 * s)) - (2.0 if lower else 0.0) - 1.0 * (1 - edge)], -1)
 
 # %% ../../nbs/face/32_head_mean.ipynb #sculpt
 def sculpt(

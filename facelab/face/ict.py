@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .morphable import MorphableModel
+from .morphable import MorphableModel, check_size
 from ..lab.arrays import read_npz, require
 from ..lab.errors import InputError, ShapeError
 
-# %% ../../nbs/face/39_ict.ipynb #from-ict
+# %% ../../nbs/face/39_ict.ipynb #skin-tone
 SKIN_TONE = (0.78, 0.60, 0.52)  # sRGB of the flat albedo, a light to medium skin
 
-
+# %% ../../nbs/face/39_ict.ipynb #from-ict
 def from_ict(
     path: str | Path | None = None,  # ict_facekit.npz or ict_face9409.npz; None looks where lab.assets says
     albedo: MorphableModel | None = None,  # whose colours to carry over; None for one flat tone
@@ -35,6 +35,7 @@ def from_ict(
     v, factor = axes["v"], {"cm": 10.0, "mm": 1.0}.get(str(arrays["units"]))
     if factor is None:
         raise InputError(path, f"units {str(arrays['units'])!r}", "'cm' or 'mm'", "Is it the lab's conversion of ICT-FaceKit?")
+    check_size(arrays["mean"] * factor, str(path))
     for key, top in (("triangles", v), ("landmarks68", v), ("triangles_uv", len(arrays.get("uv", ())))):
         if key in arrays and not 0 <= arrays[key].min() <= arrays[key].max() < top:
             raise ShapeError(f"{path}: {key}", f"ids {arrays[key].min()}..{arrays[key].max()}", f"0..{top - 1}", "Is it the file of this mesh?")
@@ -56,7 +57,7 @@ def from_ict(
         model = transfer_albedo(albedo, model)
     return model
 
-
+# %% ../../nbs/face/39_ict.ipynb #ranges
 def _ranges(arrays, path, v: int) -> dict[str, torch.Tensor]:
     "The named vertex ranges of the full file (half open), as sets of vertices."
     if "region_names" not in arrays or "region_vertex_range" not in arrays:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'AMBIENT', 'SH_CONVENTIONS', 'sh_basis', 'shade', 'to_viewer', 'ambient_light', 'directional_light',
-           'convert_sh', 'focus_normals']
+           'convert_sh', 'deep3d_normals', 'focus_normals']
 
 # %% ../../nbs/face/20_light.ipynb #imports
 import math
@@ -88,7 +88,7 @@ def _conventions() -> dict[str, tuple[list[int], list[float], float]]:
 
 SH_CONVENTIONS = _conventions()
 
-
+# %% ../../nbs/face/20_light.ipynb #convert-sh
 def convert_sh(
     coeffs: Float[Tensor, "b 3 9"],  # as the source's network gives them, before its offset
     source: str,  # "focus", "deep3d", "deca" or "facelab"
@@ -110,6 +110,17 @@ def convert_sh(
 def _inverse(order: list[int]) -> list[int]:
     "Where each of our indices lies in theirs."
     return [order.index(k) for k in range(len(order))]
+
+# %% ../../nbs/face/20_light.ipynb #deep3d-normals
+def deep3d_normals(
+    verts: Float[Tensor, "b v 3"],  # mm, head frame
+    faces: Int[Tensor, "f 3"],  # counter-clockwise from outside
+) -> Float[Tensor, "b v 3"]:  # unit, head frame; 0 where no face is
+    "Vertex normals as Deep3DFaceRecon has them: the direction of the sum of unit face normals."
+    corner = verts[:, faces]
+    unit = torch.nn.functional.normalize(torch.linalg.cross(corner[:, :, 1] - corner[:, :, 0], corner[:, :, 2] - corner[:, :, 0], dim=-1), dim=-1)
+    total = torch.zeros_like(verts).index_add(1, faces.flatten(), unit.repeat_interleave(3, 1))
+    return torch.nn.functional.normalize(total, dim=-1)
 
 # %% ../../nbs/face/20_light.ipynb #focus-normals
 def focus_normals(

@@ -112,13 +112,13 @@ def pixel_grad(px, py, corners, perspective, clip, g0, g1, g2, gz, gd):
 # %% ../../nbs/face/53_raster_grad.ipynb #image-grad
 @kernel(
     readonly(F32, 3), readonly(I32, 2), readonly(F32, 1), readonly(F32, 1), numba.boolean, numba.boolean, readonly(I64, 4),
-    readonly(F32, 4), readonly(F32, 5), readonly(F32, 4), I64, F32[:, :, ::1],
+    readonly(F32, 4), readonly(F32, 5), readonly(F32, 4), I64, I64, I64, F32[:, :, ::1],
 )  # fmt: skip
-def image_grad(verts, faces, xs, ys, perspective, clip, ids, grad_z, grad_bary, grad_dists, image, grad_verts):
-    "Add to grad_verts[image] what each pixel of that image says. An empty gradient array means zeros."
+def image_grad(verts, faces, xs, ys, perspective, clip, ids, grad_z, grad_bary, grad_dists, image, first, last, grad_verts):
+    "Add to grad_verts[image] what each pixel of rows first..last says. An empty gradient array means zeros."
     points, out = verts[image], grad_verts[image]
     g0, g1, g2, gz, gd = ZERO, ZERO, ZERO, ZERO, ZERO
-    for i in range(ids.shape[1]):
+    for i in range(first, last):
         for j in range(ids.shape[2]):
             for k in range(ids.shape[3]):
                 face = ids[image, i, j, k]

@@ -39,7 +39,7 @@ def atomic_write(
         raise InputError("atomic_write", f"mode {mode!r}", "'w' or 'wb'", "A file is always written whole; it cannot be appended to.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    draft = path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.part")
     handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
@@ -74,8 +74,9 @@ def check_file(
         raise InputError(path, "there is no such file", needed, "Check the spelling and the folder.") from None
     except (OSError, ValueError) as error:
         loop = isinstance(error, OSError) and error.errno == errno.ELOOP
-        came = "a symbolic link that leads back to itself" if loop else f"a path that cannot be followed ({error})"
-        raise InputError(str(path).replace("\0", "\\0"), came, needed, "Put the file itself there.") from None
+        came = "a symbolic link that leads back to itself" if loop else f"a path that cannot be followed ({getattr(error, 'strerror', None) or error})"
+        name = str(path).replace("\0", "\\0")
+        raise InputError(name if len(name) < 300 else name[:280] + "...", came, needed, "Put the file itself there.") from None
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
         raise InputError(path, f"{kind} came", needed, "Name one regular file.")
@@ -164,8 +165,12 @@ def write_json(
         return value
 
     text = json.dumps(plain(obj, ""), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    with atomic_write(path) as file:
-        file.write(text + "\n")
+    try:
+        raw = f"{text}\n".encode()
+    except UnicodeEncodeError as error:  # a file name that is not UTF-8, as Python holds it
+        raise InputError(path, f"the text {text[error.start - 20 : error.end + 20]!r}, which is not Unicode", "text that UTF-8 can hold", "Rename the file that it names, or write name.encode('utf-8', 'replace').decode().") from None
+    with atomic_write(path, "wb") as file:
+        file.write(raw)
 
 # %% ../../nbs/lab/20_files.ipynb #read-json
 def read_json(
@@ -178,8 +183,9 @@ def read_json(
     def pairs(items):
         held = dict(items)
         if len(held) < len(items):
-            names = [name for name, _ in items]
-            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+            seen: set[str] = set()
+            twice = next(name for name, _ in items if name in seen or seen.add(name))
+            raise ValueError(f"the key {twice!r} stands twice in one object")
         return held
 
     def number(digits):
@@ -226,9 +232,9 @@ def read_csv(
         fix = "Correct that line; if it is the last one, the file was not copied whole."
         raise InputError(path, f"line {ragged[0]} has {ragged[1]} cells", f"{len(header)} cells as in the header", fix)
     if not header or len(set(header)) < len(header):
-        raise InputError(path, f"repeated columns in {header}" if header else "no header line", "a header line, each column once", "Give each column a name of its own.")
+        raise InputError(path, f"repeated columns in {header[:12]}" if header else "no header line", "a header line, each column once", "Give each column a name of its own.")
     if missing := [name for name in columns if name not in header]:
-        raise InputError(path, f"columns {header}", f"the columns {list(columns)}", f"Add {missing}; is it another table?")
+        raise InputError(path, f"columns {header[:12]}" + (f" and {len(header) - 12} more" if len(header) > 12 else ""), f"the columns {list(columns)}", f"Add {missing}; is it another table?")
     return pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=["", "nan", "NaN"])
 
 # %% ../../nbs/lab/20_files.ipynb #yaml-loader
@@ -249,7 +255,7 @@ class _Loader(yaml.SafeLoader):
         text = super().construct_scalar(node)
         if node.style is None and node.tag == "tag:yaml.org,2002:str" and re.fullmatch(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+|[-+]?\.\d+[eE]\d+", text):
             raise yaml.constructor.ConstructorError(None, None, f"{text}, which YAML reads as text (a float is written 1.0e-4, with dot and sign)", node.start_mark)
-        if node.tag == "tag:yaml.org,2002:float" and re.fullmatch(r"[-+]?\.(inf|nan)", text, re.IGNORECASE):
+        if node.tag == "tag:yaml.org,2002:float" and (re.fullmatch(r"[-+]?\.(inf|nan)", text, re.IGNORECASE) or (":" not in text and not math.isfinite(float(text.replace("_", ""))))):
             raise yaml.constructor.ConstructorError(None, None, f"{text} is not a finite number", node.start_mark)
         return text
 
@@ -265,7 +271,7 @@ class _Loader(yaml.SafeLoader):
 # %% ../../nbs/lab/20_files.ipynb #read-yaml
 def read_yaml(
     path: str | Path,  # a YAML file, for example a profile
-    max_bytes: int = 2**20,  # refuse longer files
+    max_bytes: int = 2**18,  # refuse longer files; PyYAML takes some seconds for this much
 ) -> dict[str, Any]:  # the mapping at its top
     "Read a YAML mapping; what papermill would read differently, or not at all, is refused with its line."
     text = read_text(path, "a YAML mapping (name: value)", max_bytes)

@@ -52,7 +52,7 @@ def read_image(
 ) -> UInt8[np.ndarray, "h w *c"]:  # upright by the EXIF note; the first frame where there are several
     "Read a picture. Raises `InputError` where it is broken or no picture, `UnsafeFileError` where it is too large."
     if mode not in ("RGB", "L", "RGBA", "labels"):
-        raise InputError("read_image", f"mode {mode!r}", "RGB, L, RGBA or labels", "Choose one of these.")
+        raise InputError("picture in memory" if isinstance(source, bytes) else source, f"mode {mode!r} asked for", "RGB, L, RGBA or labels", "Choose one of these.")
     needed = "a picture (" + ", ".join(FORMATS) + ")"
     what = f"a picture of {len(source)} bytes in memory" if isinstance(source, bytes) else check_file(source, needed, max_bytes)
     try:
@@ -82,8 +82,9 @@ def _as_array(
     if 0 in image.size:
         raise InputError("picture", f"{image.size[0]} x {image.size[1]} pixels", "at least one pixel", "Copy or download it again.")
     if mode == "labels":
-        if image.mode not in ("L", "P", "1") and not (image.mode.startswith("I") and np.asarray(image).max() < 256):
-            raise InputError("label map", f"a picture of mode {image.mode}", "one channel of class ids below 256", "Is this the photo, or a coloured view of the labels?")
+        deep = image.mode.startswith("I") and 0 <= np.asarray(image).min() <= np.asarray(image).max() < 256
+        if image.mode not in ("L", "P", "1") and not deep:
+            raise InputError("label map", f"a picture of mode {image.mode}", "one channel of class ids, 0 to 255", "Is this the photo, or a coloured view of the labels?")
         return np.array(image).astype(np.uint8)
     try:  # many pictures from the web carry a broken EXIF block around good pixels
         image = ImageOps.exif_transpose(image)

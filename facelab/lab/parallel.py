@@ -121,6 +121,11 @@ def whole(
     tensor: Tensor,  # plain, or a part that knows the rest
 ) -> Tensor:  # all of it; every process has to ask
     "The whole of a tensor."
+    if hasattr(tensor, "ds_id"):  # a parameter under ZeRO 3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'bootstrap', 'group_members', 'Row', 'measured', 'Record', 'load_record', 'rounded', 'package_versions',
-           'pinned_inputs', 'bytes_hash', 'run_cost']
+           'run_cost']
 
 # %% ../../nbs/lab/45_record.ipynb #imports
-import hashlib
 import platform
 import resource
 import subprocess
@@ -108,6 +107,7 @@ class Record:
     packages: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     notes: list[str] = field(default_factory=list)  # what a reader must know: fall-backs, skipped items
+    not_run: dict[str, str] = field(default_factory=dict)  # method -> why it has no numbers
 
     def save(self, folder: str | Path):  # results/<stage>
         "Write `record.json`."
@@ -154,29 +154,6 @@ def package_versions(
 ) -> dict[str, str]:  # name -> version
     "Installed versions, without local build tags."
     return {n: metadata.version(n).split("+")[0] for n in names}
-
-
-def pinned_inputs(
-    *names: str,  # 'data', 'bases/identity/model.safetensors': paths that a .dvc file pins
-) -> dict[str, str]:  # path -> md5 in its pin
-    "The hashes that `.dvc` pins give to data and bases. Raises `InputError` for a path without a pin."
-    import yaml
-
-    found = {}
-    for name in names:
-        pin = root() / f"{name}.dvc"
-        if not pin.is_file():
-            raise InputError(pin, "no such file", "the pin of a tracked input", "Run `dvc add` on it, or name another input.")
-        found[name] = yaml.safe_load(pin.read_text())["outs"][0]["md5"]
-    return found
-
-
-def bytes_hash(*parts: bytes) -> str:  # hex
-    "SHA-256 of these bytes."
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 # %% ../../nbs/lab/45_record.ipynb #cost
 def run_cost(

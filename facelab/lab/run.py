@@ -56,6 +56,7 @@ class Outcome:
     rows: list[Row]
     figures: dict[str, object] = field(default_factory=dict)  # name -> matplotlib Figure
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)  # name -> further tables
+    not_run: dict[str, str] = field(default_factory=dict)  # method -> why it has no numbers
     inputs: dict[str, str] = field(default_factory=dict)  # name -> hash of data and weights
     notes: list[str] = field(default_factory=list)  # fall-backs and skipped items, said to the reader
     device: str = "cpu"
@@ -95,7 +96,7 @@ def run_stage(
     outcome = (function or named_function(stages()[stage].run))(job)
     status = "smoke" if profile == "smoke" else "full"
     record = Record(
-        stage, stage.split("-")[0], profile, status, int(values.get("seed", 0)), values, outcome.rows, outcome.inputs, package_versions(), outcome.device, outcome.notes,
+        stage, stage.split("-")[0], profile, status, int(values.get("seed", 0)), values, outcome.rows, outcome.inputs, package_versions(), outcome.device, outcome.notes, outcome.not_run,
     )  # fmt: skip
     folder = Path(folder or root() / "results" / stage)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'TrainConfig', 'Training', 'Every', 'EarlyStop', 'collect', 'sample_of', 'merge', 'restore',
-           'restore_process']
+           'restore_callbacks', 'restore_process']
 
 # %% ../../nbs/lab/69_state.ipynb #imports
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from .batches import Share, Source
 from .checkpoint import fingerprint
@@ -155,12 +155,12 @@ def collect(
         "step": run.step,
         "stopped": run.stopped,
         "rows": run.rows,
-        "models": {name: whole(value) for name, value in run.models.state_dict().items() if name not in left_out and isinstance(value, Tensor)},
+        "models": {name: whole(value) for name, value in run.models.state_dict().items() if name not in left_out},
         "frozen": sample_of(run.models, run.frozen_names()),
         "optimizers": {seat.player.name: pack_optimizer(seat) for seat in run.seats if seat.owns},
         "ema": {name: whole(value) for name, value in run.ema.state_dict().items()} if run.ema else None,
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-        "callbacks": [callback.state_dict() if hasattr(callback, "state_dict") else None for callback in callbacks],
+        "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in callbacks if hasattr(callback, "state_dict")],
         "processes": from_all({"position": run.position, "window": run.window}, run.accelerator),
     }
 
@@ -194,9 +194,12 @@ def restore(
     "Put a run where it was."
     if not run.config.keep_frozen and state["frozen"] != sample_of(run.models, run.frozen_names()):
         raise InputError("frozen weights", "others than when the checkpoint was made", "the same", "Give the same base model, or start in a new scratch folder.")
-    now = run.models.state_dict()
+    now, kept = run.models.state_dict(), state["models"]
+    left_out = set() if run.config.keep_frozen else set(run.frozen_names())
+    for name in sorted((now.keys() - left_out) ^ kept.keys()) + [name for name in now.keys() & kept.keys() if now[name].shape != kept[name].shape]:
+        raise InputError(f"weights and buffers: {name}", "only in one, or in another shape", "the same in the models as in the checkpoint", "Give the same models, or start in a new scratch folder.")
     with torch.no_grad():
-        for name, value in state["models"].items():
+        for name, value in kept.items():
             now[name].copy_(spread_like(value, now[name]))
     for seat in run.seats:
         if seat.owns:
@@ -205,11 +208,21 @@ def restore(
         run.ema.load_state_dict({name: spread_like(value, run.ema.shadow[name]) for name, value in state["ema"].items()})
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    for callback, kept in zip(callbacks, state["callbacks"], strict=True):
-        if kept is not None:
-            callback.load_state_dict(kept)
+    restore_callbacks(callbacks, state["callbacks"])
     run.step, run.stopped, run.rows = state["step"], state["stopped"], state["rows"]
     restore_process(run, state["processes"])
+
+
+def restore_callbacks(
+    callbacks: Sequence[Callable],
+    kept: Sequence[Sequence[Any]],  # (class, memory) of those that remember
+):
+    "The memory of the callbacks."
+    mine = [callback for callback in callbacks if hasattr(callback, "state_dict")]
+    if (now := [type(callback).__name__ for callback in mine]) != (then := [name for name, _ in kept]):
+        raise InputError("callbacks that remember", f"{now} now, {then} in the checkpoint", "the same, in the same order", "Give the same callbacks, or start in a new scratch folder.")
+    for callback, (_, memory) in zip(mine, kept):
+        callback.load_state_dict(memory)
 
 
 def restore_process(

@@ -41,14 +41,17 @@ def in_words(
 def wide_table(
     record: Record,
 ) -> pd.DataFrame:  # a row a method, a column a metric with unit and arrow
-    "A table to look at: methods down, metrics across, best direction as an arrow."
+    "A table to look at: methods down, metrics across, best direction as an arrow; a dash where a method has no such number."
     arrow = {"lower": " ↓", "higher": " ↑", "none": ""}
     cells: dict[str, dict[str, str]] = {}
     for row in record.rows:
         name = row.method + (f" ({row.data})" if row.data else "")
         unit = f" [{row.unit}]" if row.unit else ""
         cells.setdefault(name, {})[f"{row.metric}{unit}{arrow[row.better]}"] = in_words(row)
-    return pd.DataFrame.from_dict(cells, orient="index").fillna("not run")
+    wide = pd.DataFrame.from_dict(cells, orient="index").fillna("–")
+    for name in record.not_run:
+        wide.loc[name, list(wide.columns) or ["result"]] = "not run"
+    return wide
 
 # %% ../../nbs/lab/50_table.ipynb #beside
 REFERENCE_COLUMNS = ["paper", "table", "method", "metric", "value", "unit", "source"]
@@ -109,12 +112,16 @@ def show(
     out = out or sys.stdout
     for record in collect(folder):
         note = root() / "build" / "records" / f"{record.stage}.json"
-        took = f", took {read_json(note)['seconds']:.0f} s here" if note.is_file() else ""
+        cost = read_json(note) if note.is_file() else {}
+        took = f", took {cost['seconds']:.0f} s here" if cost else ""
         n = max((r.n for r in record.rows), default=0)
         print(f"\n{record.stage} ({record.profile} profile, {record.status}, n up to {n}{took})", file=out)
         print(wide_table(record).to_markdown(), file=out)
-        for line in record.notes:
+        for line in [*record.notes, *(f"{name} was not run: {why}" for name, why in record.not_run.items())]:
             print(f"note: {line}", file=out)
+        for name, seconds in cost.items():
+            if name.startswith("seconds_"):
+                print(f"time here: {seconds:.3g} s {name.removeprefix('seconds_').replace('_', ' ')}", file=out)
     print(f"\nTables and figures: {folder.name}/<stage>/, executed notebooks: runs/<stage>.ipynb, all rows: {folder.name}/tables.csv", file=out)
 
 # %% ../../nbs/lab/50_table.ipynb #main

@@ -150,6 +150,8 @@ def _zipped(path, rules, max_bytes):
     "Read a `torch.save` file of the zip form: data.pkl, and one member for each storage."
     with zipfile.ZipFile(path) as held:
         members = {info.filename.partition("/")[2]: info for info in held.infolist()}
+        if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in held.infolist()):
+            raise ValueError("packed by a method that torch does not use")
         build, total = Builder(str(path), rules, max_bytes), sum(info.file_size for info in held.infolist())
         build.take(total)
         build.room = max_bytes

@@ -1,0 +1,102 @@
+"Writes free heads in the layouts of licensed files, so that tests read them through the real readers."
+
+import json
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import scipy.io
+
+from facelab.face.morphable import MorphableModel
+
+NAMED = {"center.nose.tip": 30, "center.chin.tip": 8, "right.eye.corner_outer": 36, "left.eye.corner_outer": 45, "right.lips.corner": 48, "left.lips.corner": 54}
+
+
+def _unit_columns(basis) -> tuple[np.ndarray, np.ndarray]:  # (3v, k) of unit columns, and their variances
+    flat = basis.numpy().astype(np.float64).reshape(3 * len(basis), basis.shape[2])
+    length = np.linalg.norm(flat, axis=0)
+    return (flat / np.where(length > 0, length, 1)).astype(np.float32), (length**2).astype(np.float64)
+
+
+def write_bfm2017(model: MorphableModel, path: Path) -> Path:
+    "statismo's tree: unit columns with variances beside them, cells (3, f) from 0, landmarks as JSON bytes; the 68 ids where they are vertices."
+    v = model.num_verts
+    with h5py.File(path, "w") as file:
+        for part, mean, basis in (("shape", model.mean, model.shape_basis), ("expression", 0 * model.mean, model.exp_basis), ("color", model.tex_mean, model.tex_basis)):
+            columns, variance = _unit_columns(basis)
+            file[f"{part}/model/mean"] = mean.numpy().astype(np.float32).ravel()
+            file[f"{part}/model/pcaBasis"], file[f"{part}/model/pcaVariance"], file[f"{part}/model/noiseVariance"] = columns, variance, np.zeros(1, np.float32)
+            file[f"{part}/representer/points"], file[f"{part}/representer/cells"] = np.zeros((3, v), np.float32), model.faces.numpy().T.astype(np.int32)
+        if model.landmarks68 is not None:
+            at = model.landmarks(model.mean[None])[0].numpy()
+            marks = json.dumps([{"id": name, "coordinates": [float(x) for x in at[index]]} for name, index in NAMED.items()])
+            file["metadata/landmarks/json"] = np.frombuffer(marks.encode(), np.int8)
+            nearest = [int(((model.mean.numpy() - point) ** 2).sum(1).argmin()) for point in at]
+            file["metadata/landmarks68"] = np.array(nearest if isinstance(model.landmarks68, tuple) else model.landmarks68.tolist(), np.int32)
+    return path
+
+
+def write_bfm2009(model: MorphableModel, path: Path) -> Path:
+    "Deep3D's BFM_model_front.mat: decimetres, 0..255, deviations multiplied in, float32 indices from 1; the front mask is the first third of the faces."
+    row = lambda x, unit: (x.numpy().astype(np.float64) * unit).astype(np.float32).reshape(1, -1)
+    columns = lambda x, unit: (x.numpy().astype(np.float64) * unit).astype(np.float32).reshape(-1, x.shape[2]) if x.shape[2] else np.zeros((3 * model.num_verts, 1), np.float32)
+    front = model.faces[: len(model.faces) // 3].numpy()
+    used, reduced = np.unique(front, return_inverse=True)
+    at = model.landmarks(model.mean[None])[0].numpy()
+    ids = np.array([((model.mean.numpy() - point) ** 2).sum(1).argmin() for point in at]) if isinstance(model.landmarks68, tuple) else model.landmarks68.numpy()
+    scipy.io.savemat(path, {
+        "meanshape": row(model.mean, 0.01), "idBase": columns(model.shape_basis, 0.01), "exBase": columns(model.exp_basis, 0.01),
+        "meantex": row(model.tex_mean, 255), "texBase": columns(model.tex_basis, 255), "tri": model.faces.numpy().astype(np.float32) + 1,
+        "keypoints": (ids[None] + 1).astype(np.float32), "skinmask": np.ones((1, model.num_verts), np.float32),
+        "frontmask2_idx": used[:, None].astype(np.float32) + 1, "tri_mask2": reduced.reshape(front.shape).astype(np.float32) + 1,
+    })  # fmt: skip
+    return path
+
+
+def write_bfm2009_original(model: MorphableModel, path: Path, unit: float = 1000.0) -> Path:
+    "01_MorphableModel.mat: micrometres (`unit` of them in a mm), 0..255, unit columns with deviations beside them, triangles from 1 and turning the other way; no expression, no landmarks."
+    parts = {}
+    for name, mean, basis, factor in (("shape", model.mean, model.shape_basis, unit), ("tex", model.tex_mean, model.tex_basis, 255.0)):
+        columns, variance = _unit_columns(basis)
+        parts |= {f"{name}MU": factor * mean.numpy().reshape(-1, 1), f"{name}PC": columns, f"{name}EV": factor * np.sqrt(variance)[:, None].astype(np.float32)}
+    scipy.io.savemat(path, parts | {"tl": model.faces.numpy()[:, ::-1].astype(np.uint16) + 1})
+    return path
+
+
+class Python2Pickler(pickle._Pickler):
+    "Writes what Python 2, NumPy 1 and an old scipy wrote: byte strings for text, and the modules' old names."
+
+    dispatch = dict(pickle._Pickler.dispatch)
+    NAMES = {"numpy._core.multiarray": "numpy.core.multiarray", "scipy.sparse._csc": "scipy.sparse.csc", "builtins": "__builtin__"}
+
+    def save_string(self, obj):
+        raw = obj.encode("latin1") if isinstance(obj, str) else obj
+        self.write(b"U" + bytes([len(raw)]) + raw if len(raw) < 256 else b"T" + len(raw).to_bytes(4, "little") + raw)
+        self.memoize(obj)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+    def save_global(self, obj, name=None):
+        module = getattr(obj, "module_in_file", obj.__module__)
+        self.write(f"c{self.NAMES.get(module, module)}\n{getattr(obj, 'name_in_file', obj.__name__)}\n".encode())
+        self.memoize(obj)
+
+
+class Chumpy:
+    "Stands for chumpy.ch.Ch where a pickle is written."
+
+    module_in_file, name_in_file = "chumpy.ch", "Ch"
+
+    def __init__(self, x):
+        self.x = x
+
+    def __reduce__(self):
+        return (type(self), (), {"x": self.x, "_depends_on_deps": {}, "_dirty_vars": set()})
+
+
+def write_python2_pickle(held: dict, path: Path) -> Path:
+    "A protocol-2 pickle as FLAME's are."
+    with open(path, "wb") as file:
+        Python2Pickler(file, protocol=2).dump(held)
+    return path

@@ -1,0 +1,57 @@
+"A run that is killed at any moment and started again ends with the bits of the run that was never killed."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("kills")  # the three share one fixture
+TARGET = Path(__file__).with_name("train_target.py")
+
+
+def target(mode, folder, *rest):
+    done = subprocess.run([sys.executable, TARGET, mode, folder, *map(str, rest)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def said():
+    "One process imports torch once; the runs that are killed are its children. In memory where there is such a folder: a kill, unlike a power cut, loses nothing that was written."
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        return target("kills", folder, 20)
+
+
+def test_twenty_kills_at_random_moments(said):
+    random = said["random"]
+    assert random["killed"] == 20 and random["same"] == 20, random
+    assert sum(steps > 0 for steps in random["resumed"]) >= 3, "few runs went on from a checkpoint: the kills came too early to show anything"
+
+
+def test_a_kill_before_each_file_operation_of_a_save(said):
+    saves = said["saves"]
+    assert saves["operations"] > 25 and saves["same"] == saves["operations"], saves
+    assert saves["resumed"] == sorted(saves["resumed"]) and set(saves["resumed"]) == {0, 1, 2, 3}, "a moment at which the old checkpoint was gone and the new one not there"
+
+
+def test_the_same_command_after_a_kill_and_no_second_writer(said, tmp_path):
+    first = subprocess.Popen([sys.executable, TARGET, "hold", tmp_path / "cut"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # sleeps in step 1
+    try:
+        lock = tmp_path / "cut" / "run.lock"
+        for _ in range(1200):
+            if lock.is_file() and lock.read_text().strip() == str(first.pid):
+                break
+            assert first.poll() is None, "the run that should be busy has ended"
+            time.sleep(0.1)
+        second = subprocess.run([sys.executable, TARGET, "run", tmp_path / "cut", "24"], capture_output=True, text=True, timeout=300)
+        assert second.returncode != 0 and f"process {first.pid} is writing here" in second.stderr
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    assert target("run", tmp_path / "cut", 24)["digest"] == said["whole"]
