@@ -90,7 +90,7 @@ smoke)  # the whole pipeline in the smoke profile, in a clone, so that nothing h
     python -m facelab.lab.smoke ;;
 test)
     setup; PATH="$here/.venv/bin:$PATH"; export PATH; quiet_kernel; fetch
-    python -m pytest -n "${FACELAB_WORKERS:-2}" --dist loadscope "$@" ;;
+    python -m pytest -n "${FACELAB_WORKERS:-2}" --dist worksteal "$@" ;;
 check)
     setup; PATH="$here/.venv/bin:$PATH"; export PATH
     python -m facelab.lab.check "$@" ;;

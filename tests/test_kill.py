@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("kills")  # the three share one fixture
 TARGET = Path(__file__).with_name("train_target.py")
 
 
@@ -38,6 +37,12 @@ def test_a_kill_before_each_file_operation_of_a_save(said):
     saves = said["saves"]
     assert saves["operations"] > 25 and saves["same"] == saves["operations"], saves
     assert saves["resumed"] == sorted(saves["resumed"]) and set(saves["resumed"]) == {0, 1, 2, 3}, "a moment at which the old checkpoint was gone and the new one not there"
+
+
+def test_workers_end_with_the_run_that_was_killed(said):
+    if said["orphans"] is None:
+        pytest.skip("no /proc to look at processes")
+    assert said["orphans"] == {"found": 6, "left": 0}
 
 
 def test_the_same_command_after_a_kill_and_no_second_writer(said, tmp_path):

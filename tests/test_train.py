@@ -422,7 +422,6 @@ def together(tmp_path_factory):
     return folder, launch("many", folder)
 
 
-@pytest.mark.xdist_group("together")
 def test_two_processes_follow_one(together):
     folder, said = together
     one = target.regression()
@@ -435,7 +434,6 @@ def test_two_processes_follow_one(together):
     assert "9 items for 2 processes" in said["refused"]
 
 
-@pytest.mark.xdist_group("together")
 def test_two_processes_with_sharded_weights_follow_one(together):
     said = together[1]["fsdp"]
     assert said["spread"] and np.allclose(said["plain"], target.flat(target.regression()), atol=2e-6)

@@ -139,7 +139,11 @@ def test_labels_are_where_the_regions_are(crowd):
         assert (TO_LAPA[item.labels19] == item.labels11).mean() > 0.9 and set(np.unique(item.labels11)) <= set(range(len(LABELS11)))
         xy = item.landmarks_2d
         at = {"l_eye": xy[36:42].mean(0), "r_eye": xy[42:48].mean(0), "nose": xy[28:31].mean(0), "l_brow": xy[19], "r_brow": xy[24], "u_lip": xy[[51, 62]].mean(0), "l_lip": xy[[57, 66]].mean(0)}
+        scene = sample_photo(sample_person(7, item.identity), item.photo_id)
+        thin = scene.person.brow_thickness < 0.9 or scene.person.hair.style in ("bangs", "fringe", "long", "wavy", "bob", "curly")  # less than half a pixel, or under hair
         for name, (x, y) in at.items():
+            if scene.sunglasses and name.endswith("_eye") or thin and name.endswith("_brow"):
+                continue
             part = item.labels11 if name in ("l_eye", "r_eye", "l_brow", "r_brow") and item.attributes[AT["Eyeglasses"]] > 0 else item.labels19
             reach = 2 if "brow" in name else 1
             near = part[max(int(y) - reach, 0) : int(y) + reach + 1, max(int(x) - reach, 0) : int(x) + reach + 1]
@@ -150,7 +154,7 @@ def test_labels_are_where_the_regions_are(crowd):
             wrong_side += bool(all(map(len, columns)) and columns[0].mean() > columns[1].mean())
     assert len(agree) > 300 and wrong_side == 0
     for name in ("l_eye", "r_eye", "nose", "l_brow", "r_brow", "u_lip", "l_lip"):
-        assert np.mean([ok for n, ok in agree if n == name]) > {"brow": 0.8, "eye": 0.85}.get(name[2:], 0.9), name  # locks hang over some brows and eyes, some eyes are nearly shut
+        assert np.mean([ok for n, ok in agree if n == name]) > {"brow": 0.85, "eye": 0.9}.get(name[2:], 0.95), name  # some eyes are nearly shut
 
 
 def worn(scene, **bare):

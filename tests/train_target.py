@@ -175,6 +175,29 @@ def kills_in_saves(top):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def state_of(process):
+    "Of a process: R, S, ..., Z where it waits to be buried, X where there is none."
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+def orphans(top):
+    "Kill runs that have worker processes; how many workers there were, and how many were left a second and a half later (torch itself looks every five)."
+    found = left = 0
+    for _ in range(3):
+        child = in_child(lambda: gan(top / "orphans", steps=2, workers=2, callbacks=[Every(1, lambda run: time.sleep(60))]))
+        workers, until = [], time.monotonic() + 60
+        while len(workers) < 2 and time.monotonic() < until:
+            workers = Path(f"/proc/{child}/task/{child}/children").read_text().split()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        time.sleep(1.5)
+        found, left = found + len(workers), left + sum(state_of(worker) not in "ZX" for worker in workers)
+    return {"found": found, "left": left}
+
+
 def counted(models, batch, step):  # a mean over as many things as the batch happens to have
     x, keep = batch[:, :3], batch[:, 3] > 0
     error = (models["net"](x)[:, 0] - batch[:, 3]).square()
@@ -271,7 +294,7 @@ def main(mode, folder, *rest):
     elif mode == "hold":
         said = {"digest": digest(gan(top / "run", callbacks=[Every(1, lambda run: time.sleep(3600))]))}
     else:
-        said = {"kills": lambda: {"whole": digest(gan(None)), "random": random_kills(top, int(rest[0])), "saves": kills_in_saves(top)}, "many": lambda: many(top)}[mode]()
+        said = {"kills": lambda: {"whole": digest(gan(None)), "random": random_kills(top, int(rest[0])), "saves": kills_in_saves(top), "orphans": orphans(top) if Path("/proc/self/task").exists() else None}, "many": lambda: many(top)}[mode]()
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(said), flush=True)
 

@@ -72,9 +72,10 @@ def look_along(
 ) -> np.ndarray:  # v 3: NDC x, y and depth in mm (grows away from the lamp; always > 0)
     "The mesh as the lamp sees it, orthographic."
     up = np.array([0.0, 1.0, 0.0]) if abs(direction[1]) < 0.95 else np.array([0.0, 0.0, 1.0])
-    a = np.cross(up, direction)
+    cross = lambda p, q: np.array([p[1] * q[2] - p[2] * q[1], p[2] * q[0] - p[0] * q[2], p[0] * q[1] - p[1] * q[0]])  # noqa: E731
+    a = cross(up, direction)
     a /= np.linalg.norm(a)
-    frame = np.stack([-a / half, np.cross(direction, a) / half, -direction])
+    frame = np.stack([-a / half, cross(direction, a) / half, -direction])
     out = (verts - centre) @ frame.T.astype(np.float32)
     out[:, 2] += 1000.0
     return out.astype(np.float32)

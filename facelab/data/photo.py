@@ -242,7 +242,8 @@ def landmark_truth(
     at = np.floor(xy / size * samples).astype(int)
     inside = ((at >= 0) & (at < samples)).all(1)
     col, row = np.clip(at, 0, samples - 1).T
-    near = np.stack([zbuf[np.clip(row + dy, 0, samples - 1), np.clip(col + dx, 0, samples - 1)] for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+    rows, cols = (np.clip(at + np.array([[-1], [0], [1]]), 0, samples - 1) for at in (row, col))
+    near = zbuf[rows[:, None], cols[None]].reshape(9, -1)
     front = np.where(near < 0, np.inf, near)
     return xy.astype(np.float32), inside & (np.median(front, 0) > depth - 8.0) & np.isfinite(front.min(0))
 

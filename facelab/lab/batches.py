@@ -7,7 +7,10 @@ __all__ = ['Share', 'Source', 'epoch_order', 'places', 'seed_of', 'seed_generato
 
 # %% ../../nbs/lab/62_batches.ipynb #imports
 import itertools
+import multiprocessing
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -104,6 +107,16 @@ class _Batches(Dataset):
 def _as_is(batch):
     return batch
 
+
+def _end_with_parent(worker: int):
+    "In a worker: end at once when the process that started it is gone, however it went."
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
 # %% ../../nbs/lab/62_batches.ipynb #items
 @dataclass
 class Items:
@@ -142,7 +155,7 @@ class Items:
         made = _Batches(self, share)
         if not self.workers:
             return (made[k] for k in itertools.count(position or 0))
-        return iter(DataLoader(made, batch_size=None, sampler=itertools.count(position or 0), num_workers=self.workers, collate_fn=_as_is,
+        return iter(DataLoader(made, batch_size=None, sampler=itertools.count(position or 0), num_workers=self.workers, collate_fn=_as_is, worker_init_fn=_end_with_parent,
                                multiprocessing_context=self.start_method, pin_memory=torch.cuda.is_available()))
 
 # %% ../../nbs/lab/62_batches.ipynb #stream
