@@ -112,3 +112,18 @@ def test_reference_numbers_are_keyed_once():
 
     table = pd.read_csv(ROOT / "results" / "reference.csv")
     assert not table.duplicated(["paper", "table", "method", "metric"]).any() and table.value.notna().all()
+
+
+def test_numbers_in_the_readme_are_those_of_the_records():
+    from facelab.lab.record import load_record
+    from facelab.lab.table import in_words
+
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    columns = {"face-verification": [("AUC", ""), ("TAR@FAR=1e-2", "")], "face-fit": [("photo error", ""), ("keypoint error", "px at 224"), ("vertex RMS", "mm")]}
+    for stage, wanted in columns.items():
+        record = load_record(ROOT / "results" / stage / "record.json")
+        rows = [r for r in record.rows if r.data != "NASA portrait"]
+        assert record.profile == "mini" and record.status == "full"
+        for method in dict.fromkeys(r.method for r in rows):
+            words = [next(in_words(r) for r in rows if (r.method, r.metric, r.unit) == (method, *key)) for key in wanted]
+            assert f"| {method} | {' | '.join(words)} |" in lines, f"README.md: the row of {method} in {stage} is not what the record says: | {' | '.join(words)} |"
