@@ -28,7 +28,7 @@ find_python() {
 setup() {
     command -v git >/dev/null 2>&1 || die "git is missing. Install git, then call make again."
     stamp_now=$(cat pyproject.toml constraints.txt 2>/dev/null | cksum; printf '%s' "$here")
-    [ -x .venv/bin/python ] && [ "$(cat .venv/facelab-stamp 2>/dev/null)" = "$stamp_now" ] && return 0
+    if [ -x .venv/bin/python ] && [ "$(cat .venv/facelab-stamp 2>/dev/null)" = "$stamp_now" ]; then git_hooks; return 0; fi
     seen=""
     find_python || die "needs Python 3.11, 3.12 or 3.13 (${seen:-none found on PATH}). Install one, or say where: PYTHON=/path/to/python3.11 make ..."
     mkdir -p build/log 2>/dev/null && [ -w . ] || die "cannot write in this folder. Clone facelab somewhere you may write."
@@ -48,7 +48,19 @@ setup() {
         die "pip failed: $(grep -m1 -E '^ERROR' "$log" || tail -n 1 "$log") Log: $log"
     fi
     if [ -d .git ]; then PATH="$here/.venv/bin:$PATH" .venv/bin/nbdev_install_hooks >>"$log" 2>&1 || say "git hooks were not installed (see $log)"; fi
+    git_hooks
     printf '%s' "$stamp_now" > .venv/facelab-stamp
+}
+
+git_hooks() {  # nbdev's call nbdev by name; these look for it in .venv, and without it a merge is git's own
+    grep -qx nbdev_trust .git/hooks/post-merge 2>/dev/null || return 0
+    cat > .git/hooks/post-merge <<'SH' || return 0
+#!/bin/sh
+# From facelab's lab.sh: Jupyter trusts the notebooks that a merge brought.
+if [ -x .venv/bin/nbdev_trust ]; then .venv/bin/nbdev_trust >/dev/null 2>&1; fi
+exit 0
+SH
+    git config -f .gitconfig merge.nbdev-merge.driver 'if .venv/bin/python -c "" 2>/dev/null && [ -x .venv/bin/nbdev_merge ]; then .venv/bin/nbdev_merge %O %A %B %P; else git merge-file -L ours -L base -L theirs %A %O %B; fi'
 }
 
 quiet_kernel() {  # no 'Kernel is running over TCP' line at each stage

@@ -392,7 +392,7 @@ ROWS = [
     Row("record", "an unknown status", load_record, record(status="splendid")),
     Row("record", "NaN as a measured value", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": float("nan")}])),
     Row("record", "text as a measured value", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": "good"}])),
-    Row("record row", "an unknown direction", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": 1, "better": "up"}])),
+    Row("record", "a row with an unknown direction", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": 1, "better": "up"}])),
     Row("record", "rows that are no rows", load_record, record(rows=[3])),
     # landmarks
     Row("pts", "NaN", read_pts, points(["1 2"] * 67 + ["nan 2"])),
@@ -404,6 +404,11 @@ ROWS = [
     Row("pts", "a negative count", read_pts, points(["1 2"] * 68, -68)),
     Row("pts", "no closing brace", read_pts, points(["1 2"] * 68, brace="")),
     Row("pts", "Latin-1", read_pts, write("a.pts", b"version: 1\nn_points: 1 \xe9\n{\n1 2\n}\n")),
+    Row("pts", "200,000 blanks in its head", read_pts, write("a.pts", "version" + " " * 200_000)),
+    Row("pts", "200,000 line ends in its head", read_pts, write("a.pts", "version: 1\nn_points:" + "\n" * 200_000)),
+    Row("pts", "a count of 5,000 digits", read_pts, write("a.pts", "version: 1\nn_points: " + "9" * 5_000 + "\n{\n1 2\n}\n")),
+    Row("pts", "a word of 100,000 letters", read_pts, points(["1 2"] * 67 + ["1 " + "x" * 100_000])),
+    Row("pts", "text after the brace", read_pts, points(["1 2"] * 68, brace="}\nversion: 2")),
     Row("pts", "two megabytes", read_pts, points(["1 2"] * 500_000), UNSAFE),
     # pictures
     Row("image", "20,000 x 20,000", read_image, write("a.png", png_of(20_000, 20_000)), UNSAFE),
@@ -513,6 +518,7 @@ ROWS = [
     Row("ply", "a billion vertices that are not there", read_mesh, write("a.ply", "ply\nformat binary_little_endian 1.0\nelement vertex 1000000000\nproperty float x\nproperty float y\nproperty float z\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n")),
     Row("glb", "a terabyte of positions that are not there", read_mesh, write("a.glb", glb({"accessors": [{"componentType": 5126, "count": 10**12, "type": "VEC3"}], "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}], "nodes": [{"mesh": 0}], "scenes": [{"nodes": [0]}]}))),
     Row("glb", "a node inside itself", read_mesh, write("a.glb", glb({"nodes": [{"children": [0]}], "scenes": [{"nodes": [0]}], "scene": 0}))),
+    Row("obj", "two coordinates in each row", read_mesh, write("a.obj", "v 0 0\nv 1 0\nv 0 1\nv 1 1\nv 2 1\nv 1 2\nf 1 2 3\n")),
     Row("obj", "words for numbers", read_mesh, write("a.obj", "v a b c\nf 1 2 3\n")),
     # names
     Row("safe_join", "up and out", lambda folder: safe_join(folder, "../x.png"), lambda folder: folder, UNSAFE),
@@ -585,6 +591,35 @@ def test_bad_input(row, tmp_path, monkeypatch, no_hang):
     if isinstance(given, Path) and row.reader in READERS:
         assert str(given)[:40] in message, "the message names the file"
     assert state(tmp_path) == before, "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("v 0 0 0\nv 1 0\nv 0 1 0\nf 1 2 3\n", 2),
+        ("# flat\r\n\r\nv 0 0\r\nv 1 0\r\nv 0 1\r\nf 1 2 3\r\n", 3),
+        ("v 0 0 0\nv 1 0 \\\n0\nv 0 \\\n1\nf 1 2 3\n", 4),
+        ("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", 4),
+        ("v 0 0 0\nv 1 0 0\nv 0 1 0\nvt\nf 1 2 3\n", 4),
+    ],
+)
+def test_a_bad_row_of_an_obj_is_named_by_its_line(tmp_path, text, line):
+    (tmp_path / "a.obj").write_bytes(text.encode())
+    with pytest.raises(InputError, match=rf"a\.obj: .*line {line}\b"):
+        read_mesh(tmp_path / "a.obj")
+
+
+def test_every_message_can_be_printed(tmp_path):
+    "A file name that is not UTF-8 is spelled out, whatever part of the message has it."
+    name = os.fsdecode(b"\xff\xfe.json")
+    with pytest.raises(InputError) as caught:
+        read_json(tmp_path / name)
+    skipped = Skipped()
+    skipped.add(name, OSError(f"cannot read {name}"))
+    skipped.add(name, InputError("a list", f"the name {name}", f"not {name}", f"Rename {name}."))
+    back = pickle.loads(pickle.dumps(caught.value))
+    for text in (str(caught.value), caught.value.what, str(back), skipped.report(3), *skipped.items[0], *skipped.items[1]):
+        assert r"\udcff\udcfe.json" in text and text.encode("utf-8")
 
 
 def test_there_are_enough_cases():

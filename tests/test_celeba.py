@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from facelab.data.attributes import ATTRIBUTES
-from facelab.data.celeba import POINTS, SPLITS, face_box, five_points, read_celeba, write_celeba
+from facelab.data.celeba import POINTS, SPLITS, celeba_points, face_box, read_celeba, write_celeba
 from facelab.data.world import generate
 from facelab.lab.errors import AssetError, InputError, Skipped, UnsafeFileError
 
@@ -78,7 +78,7 @@ def test_what_went_in_comes_back(root, items, kind):
     for item, back in zip(sorted(items[::-1], key=lambda i: SPLITS.index(i.split)), data.items(), strict=True):
         assert np.array_equal(back.image, item.image) and np.array_equal(back.attributes, item.attributes)
         assert back.identity == item.identity + 1 and back.split == item.split
-        assert np.abs(back.points - five_points(item.landmarks_2d)).max() <= 0.5 and np.array_equal(back.box, face_box(item.landmarks_2d, (48, 48)))
+        assert np.abs(back.points - celeba_points(item.landmarks_2d)).max() <= 0.5 and np.array_equal(back.box, face_box(item.landmarks_2d, (48, 48)))
     assert [len(data.split(s)) for s in SPLITS] == [10, 1, 1] and data[-1].split == "test"
     assert not set(data.split("train").identity) & set(data.split("test").identity)
     with pytest.raises(InputError):

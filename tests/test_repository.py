@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import warnings
 from pathlib import Path
@@ -13,27 +14,26 @@ import pytest
 import yaml
 
 from facelab.lab.check import out_of_sync
+from facelab.lab.files import read_yaml
 from facelab.lab.profile import PROFILES, profile_values, stages
+from facelab.lab.record import rounded
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 STAGES = list(stages(ROOT))
+BASES = sorted((ROOT / "bases").glob("*/record.json"))
 
 
 def tagged(path, tag="parameters"):
     return [c for c in nbformat.read(path, 4).cells if tag in c.metadata.get("tags", [])]
 
 
-def test_library_is_what_the_notebooks_export(monkeypatch):
-    monkeypatch.delenv("IN_TEST", raising=False)  # nbdev_export does nothing where it finds it
+def test_library_is_what_the_notebooks_export():
     assert out_of_sync(ROOT) == []
 
 
 def test_out_of_sync_notices_an_edited_module(tmp_path, monkeypatch):
-    import shutil
-
-    monkeypatch.delenv("IN_TEST", raising=False)
-
+    monkeypatch.setenv("IN_TEST", "1")  # nbdev sets it in notebooks, and nbdev_export does nothing where it finds it
     for name in ("settings.ini", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("nbs", "facelab"):
@@ -83,7 +83,7 @@ def test_profiles_hold_no_stray_file():
         assert {p.stem for p in (ROOT / "profiles" / profile).glob("*.yaml")} == set(STAGES)
 
 
-@pytest.mark.parametrize("record", sorted((ROOT / "bases").glob("*/record.json")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("record", BASES, ids=lambda p: p.parent.name)
 def test_base_is_what_its_record_and_pin_say(record):
     weights = record.with_name("model.safetensors")
     pin = yaml.safe_load(Path(f"{weights}.dvc").read_text())["outs"][0]["md5"]
@@ -91,13 +91,55 @@ def test_base_is_what_its_record_and_pin_say(record):
     assert hashlib.md5(weights.read_bytes()).hexdigest() == pin, "the base was edited: make bases, or dvc pull"
 
 
-def test_bases_are_not_older_than_their_recipe():
-    if not (ROOT / "bases" / "dvc.yaml").exists():
-        pytest.skip("no recipe of a base yet")
-    done = subprocess.run(["dvc", "status", "--json", "bases/dvc.yaml"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for stage, why in json.loads(done.stdout).items():
-        warnings.warn(f"the base of {stage} is older than its recipe ({why}): make bases", stacklevel=1)
+def unlike_its_recipe(folder):
+    "Where the record of a base and the recipe beside it differ; `cost` is prose."
+    record, recipe = json.loads((folder / "record.json").read_text()), rounded(read_yaml(folder / "mini.yaml"))
+    made = record["values"]
+    found = [] if (record["profile"], record["status"]) == ("mini", "full") else [f"it was made with profile {record['profile']} ({record['status']}): git checkout bases/{folder.name}, or make bases"]
+    return found + [f"{key}: {recipe.get(key)!r} in mini.yaml, {made.get(key)!r} in record.json" for key in sorted({*recipe, *made} - {"cost"}) if recipe.get(key) != made.get(key)]
+
+
+@pytest.mark.parametrize("record", BASES, ids=lambda p: p.parent.name)
+def test_base_was_made_by_its_recipe(record):
+    assert unlike_its_recipe(record.parent) == [], f"make bases BASE={record.parent.name}, or restore the recipe"
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("mini.yaml", "epochs: 20", "epochs: 21"), ("mini.yaml", "photos: 8\n", ""), ("record.json", '"profile": "mini"', '"profile": "smoke"'), ("record.json", '"world_seed": 11', '"world_seed": 12')])
+def test_a_base_of_another_recipe_is_noticed(name, old, new, tmp_path):
+    for path in (ROOT / "bases" / "identity").glob("*.*"):
+        shutil.copy(path, tmp_path)
+    assert unlike_its_recipe(tmp_path) == []
+    text = (tmp_path / name).read_text()
+    assert old in text
+    (tmp_path / name).write_text(text.replace(old, new))
+    assert len(unlike_its_recipe(tmp_path)) == 1
+
+
+def changed_since(commit, paths):
+    "Files below `paths` that differ from a commit; None where git does not have it."
+    done = subprocess.run(["git", "diff", "--name-only", commit, "--", *paths], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.split() if commit and done.returncode == 0 else None
+
+
+@pytest.mark.parametrize("record", BASES, ids=lambda p: p.parent.name)
+def test_code_of_a_base_is_what_its_recipe_names(record):
+    "Changed code does not unmake a base: it warns, and names the files. A file that is not there fails."
+    name, commit = record.parent.name, json.loads(record.read_text())["cost"]["commit"]
+    deps = yaml.safe_load((ROOT / "bases" / "dvc.yaml").read_text())["stages"][name]["deps"]
+    assert [path for path in deps if not (ROOT / path).exists()] == []
+    changed = changed_since(commit, deps)
+    if changed is None:
+        warnings.warn(f"whether bases/{name} is older than its code cannot be told: commit {commit[:9] or '(none)'} is not in this clone", stacklevel=1)
+    elif changed:
+        more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+        warnings.warn(f"bases/{name} is older than {', '.join(changed[:6])}{more}: make bases BASE={name}, when it matters", stacklevel=1)
+
+
+def test_changed_code_is_found_by_git():
+    if (first := subprocess.run(["git", "rev-list", "--max-parents=0", "HEAD"], cwd=ROOT, capture_output=True, text=True)).returncode:
+        pytest.skip("not a clone")
+    assert changed_since("0" * 40, ["facelab"]) is None and changed_since("", ["facelab"]) is None
+    assert changed_since("HEAD", ["LICENSE"]) == [] and isinstance(changed_since(first.stdout.split()[0], ["facelab"]), list)
 
 
 def test_embedded_data_is_what_git_pins():

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from facelab.data.attributes import ATTRIBUTES
+from facelab.data.dress import dress, expression_code
 from facelab.data.paint_frame import LABELS11, LABELS19, TO_LAPA
-from facelab.data.person import sample_person
-from facelab.data.photo import photograph
+from facelab.data.paint_skin import LIPSTICK_FROM, skin_colours
+from facelab.data.person import sample_person, skin_colour
+from facelab.data.photo import make_canvas, photograph
 from facelab.data.rig import load_rig
 from facelab.data.scene import EXPRESSIONS, make_view, sample_photo
 from facelab.data.truth import STACKED, read_parts, read_truth, write_truth
@@ -274,12 +276,37 @@ def test_truth_comes_back_whole_and_damage_is_told(tmp_path):
 
 def test_compiled_paint_is_tied_to_all_its_sources(tmp_path):
     from facelab.data.paint_frame import paint_samples
-    from facelab.data.paint_kernel import source_stamp
+    from facelab.data.paint_kernel import SOURCES
+    from facelab.face.raster_kernels import hard_rows, source_stamp
 
-    names = {name for name, _, _ in source_stamp()}
-    assert {"paint_kernel.py", "paint_skin.py", "hair_kernel.py", "head_base.py"} <= names
-    store = getattr(paint_samples._cache, "_cache_file", None)
-    assert store is None or source_stamp() in store._source_stamp
+    paint, raster = source_stamp(*SOURCES), source_stamp("face/raster*.py", "face/surface_kernels.py")
+    assert {"paint_kernel.py", "paint_skin.py", "hair_kernel.py", "head_base.py", "head_mean.py"} <= {name for name, _, _ in paint}
+    assert {"raster_kernels.py", "raster_soft.py", "surface_kernels.py"} <= {name for name, _, _ in raster}
+    for kernel, stamp in ((paint_samples, paint), (hard_rows, raster)):
+        store = getattr(kernel._cache, "_cache_file", None)
+        assert store is None or stamp in store._source_stamp
+
+
+def test_no_background_shows_in_the_corners_of_eyes():
+    rig = load_rig()
+    for number in (39, 45, 41):  # eyes wider than their balls
+        scene = replace(sample_photo(sample_person(1, number), 1, view=make_view(0.0, frame=45.0, centre=(36.0, 34.0, 60.0))), **BARE)
+        dressed = dress(scene.person)
+        canvas, depth = make_canvas(scene, rig, dressed, dressed.express(rig, expression_code(scene, dressed.neutral)), 200, 1)
+        assert (canvas.ids >= 0).all() and (depth > 0).all() and 0.1 < np.isin(canvas.kind[canvas.ids], (3, 4)).mean() < 0.5
+
+
+def test_lipstick_is_told_from_lips_and_most_neutral_mouths_are_shut():
+    places, red = np.array([[6.0, -30.0, 108.0], [8.0, -39.0, 108.0]]), {False: [], True: []}
+    for number in range(40):
+        who = sample_person(1, number)
+        for makeup in (LIPSTICK_FROM, LIPSTICK_FROM + 0.05):
+            colour = skin_colours(places, who, fine=False, makeup=makeup).mean(0)
+            red[makeup > LIPSTICK_FROM].append(1 - colour[1:].mean() / colour[0] - (1 - skin_colour(who.tone)[1:].mean() / skin_colour(who.tone)[0]))
+    own, painted = np.array(red[False]), np.array(red[True])
+    assert (own > 0).all() and (painted > own + 0.05).mean() > 0.95
+    jaw = [sample_photo(sample_person(1, i), 0, "Neutral").moves["jaw_open"] for i in range(100)]
+    assert 0 < np.mean(jaw) < 0.03
 
 
 def test_a_photo_costs_little():
@@ -302,3 +329,14 @@ def test_no_notebook_path_in_module_files():
     "Two notebooks of one number were confusing once."
     numbers = [p.name.split("_")[0] for p in sorted((Path(__file__).parent.parent / "nbs" / "data").glob("*.ipynb"))]
     assert len(numbers) == len(set(numbers))
+
+
+def test_face_code_has_the_light_of_the_photo():
+    import torch
+
+    from facelab.data.person import sample_person
+    from facelab.data.photo import photograph
+    from facelab.data.scene import sample_photo
+
+    photo = photograph(sample_photo(sample_person(5, 3), 0), 32, 1)
+    assert torch.allclose(photo.face_code().sh_coeffs()[0], torch.as_tensor(photo.light), atol=1e-5)

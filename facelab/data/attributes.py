@@ -8,6 +8,7 @@ __all__ = ['ATTRIBUTES', 'shape_rules', 'photo_attributes']
 # %% ../../nbs/data/39_attributes.ipynb #imports
 import numpy as np
 
+from .paint_skin import LIPSTICK_FROM
 from .scene import Scene
 
 # %% ../../nbs/data/39_attributes.ipynb #names
@@ -82,7 +83,7 @@ def photo_attributes(
         "Wavy_Hair": seen_hair and style in ("wavy", "curly", "afro"),
         "Wearing_Earrings": count[15] > 0,
         "Wearing_Hat": count[14] > enough,
-        "Wearing_Lipstick": mouth_free and scene.makeup > 0.36,
+        "Wearing_Lipstick": mouth_free and scene.makeup > LIPSTICK_FROM,
         "Wearing_Necklace": count[16] > 0,
         "Wearing_Necktie": bool(scene.things[0]["tied"]) and scene.occluder not in ("scarf",),
     }

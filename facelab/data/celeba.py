@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTR', 'LANDMARKS', 'IDENTITY', 'PARTITION', 'IMAGES', 'WILD', 'BOXES', 'POINTS', 'SPLITS', 'FILE_NAME',
-           'five_points', 'face_box', 'write_celeba', 'read_list', 'read_numbers', 'CelebAItem', 'CelebA',
+           'celeba_points', 'face_box', 'write_celeba', 'read_list', 'read_numbers', 'CelebAItem', 'CelebA',
            'read_celeba', 'aligned_to']
 
 # %% ../../nbs/data/50_celeba.ipynb #imports
@@ -29,10 +29,10 @@ POINTS = "lefteye_x lefteye_y righteye_x righteye_y nose_x nose_y leftmouth_x le
 SPLITS = ("train", "val", "test")
 
 
-def five_points(
+def celeba_points(
     landmarks: np.ndarray,  # ... 68 2, iBUG order
 ) -> np.ndarray:  # ... 5 2: eyes, nose tip, corners of the mouth; image-left first
-    "CelebA's five points from the 68."
+    "CelebA's five points from the 68: an eye is the mean of its six (ArcFace's and Deep3D's are the middle of its corners: `facelab.face.align.five_points`)."
     eyes = [landmarks[..., a:b, :].mean(-2) for a, b in ((36, 42), (42, 48))]
     return np.stack([*eyes, landmarks[..., 30, :], landmarks[..., 48, :], landmarks[..., 54, :]], -2)
 
@@ -63,7 +63,7 @@ def write_celeba(
         name = f"{number:06d}.jpg"
         with atomic_write(root / IMAGES / name, "wb") as file:
             file.write(item.jpeg)
-        points = np.floor(five_points(item.landmarks_2d)).astype(int).ravel()
+        points = np.floor(celeba_points(item.landmarks_2d)).astype(int).ravel()
         rows[ATTR].append(name + " " + " ".join(f"{a:2d}" for a in item.attributes))
         rows[LANDMARKS].append(name + " " + " ".join(f"{p:4d}" for p in points))
         rows[BOXES].append(name + " " + " ".join(f"{p:4d}" for p in face_box(item.landmarks_2d, item.labels19.shape)))

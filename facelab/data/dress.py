@@ -17,7 +17,7 @@ from .hair import Ribbons
 from .hair_style import cut_hair
 from .paint_skin import paint_points, skin_record
 from .person import Person, stream
-from .rig import Rig, load_rig, ride
+from .rig import Rig, add_rows, load_rig, onto_columns, ride
 from .scene import Scene
 from .wear import Piece, make_earring, make_glasses, make_hat, make_necklace
 from ..face.head_expression import clamp_lids, expression_basis, expression_coefficients
@@ -47,8 +47,7 @@ def texture_code(rig: Rig, person: Person) -> np.ndarray:  # 80 float32
     "The painted skin at the vertices, projected on the texture basis (orthogonal columns)."
     skin, off = rig.part == 0, np.zeros(rig.mean.shape)
     off[skin] = paint_points(rig.mean[skin].astype(np.float64), skin_record(person)[0], False) - rig.tex_mean.reshape(-1, 3)[skin]
-    off = off.reshape(-1)
-    return (off.astype(np.float32) @ rig.tex_basis / rig.tex_power).astype(np.float32)
+    return (onto_columns(off.reshape(-1).astype(np.float32), rig.tex_basis) / rig.tex_power).astype(np.float32)
 
 # %% ../../nbs/data/28_dress.ipynb #dressed
 @dataclass(frozen=True, eq=False)
@@ -66,7 +65,7 @@ class Dressed:
 
     def express(self, rig: Rig, exp_code: np.ndarray) -> np.ndarray:  # v 3 float32
         "The head with an expression."
-        return self.neutral + (exp_code.astype(np.float32) @ rig.exp_basis).reshape(-1, 3)
+        return add_rows(self.neutral.reshape(-1), exp_code, rig.exp_basis).reshape(-1, 3)
 
     def ride_beard(self, rig: Rig, verts: np.ndarray) -> Ribbons | None:
         "The beard on a head with an expression."
@@ -80,7 +79,7 @@ def make_dressed(person: Person) -> Dressed:
     "Codes, shape, hair and beard of somebody."
     rig = load_rig()
     code = shape_code(person)
-    neutral = (rig.mean + (code @ rig.shape_basis).reshape(-1, 3)).astype(np.float32)
+    neutral = add_rows(rig.mean.reshape(-1), code, rig.shape_basis).reshape(-1, 3)
     table = rig.displacement_table(neutral)
     hair = cut_hair(rig.skin, person.hair)
     if hair is not None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AXIS_Z', 'DOME_Y', 'DOME_R', 'NUM_THETA', 'NUM_V', 'V_LOW', 'V_HIGH', 'to_chart', 'chart_axis', 'chart_table',
            'look_up', 'chart_points', 'surface_points', 'hanging_table', 'Locks', 'join_locks', 'steer', 'grow',
-           'Ribbons', 'ribbons']
+           'Ribbons', 'unit', 'ribbon_points', 'ribbons']
 
 # %% ../../nbs/data/20_hair.ipynb #imports
 from dataclasses import dataclass
@@ -209,6 +209,42 @@ class Ribbons:
     faces: np.ndarray  # f 3
 
 
+@kernel(inline=True)
+def unit(x, y, z):
+    "A direction of length 1 (or less, for none)."
+    size = np.sqrt(x * x + y * y + z * z) + 1e-9
+    return x / size, y / size, z / size
+
+
+@kernel(allocates=True)
+def ribbon_points(line, normal, arc, curl, width):
+    "Curl lines and widen them: corners, leaning normals, tangents (n p 2 3), share of the way and width (n p 2), float32. `curl` n 3: amplitude, wavelength, phase."
+    n, points = arc.shape
+    corners, lean, tangents = np.empty((n, points, 2, 3), np.float32), np.empty((n, points, 2, 3), np.float32), np.empty((n, points, 2, 3), np.float32)
+    along, wide = np.empty((n, points, 2), np.float32), np.empty((n, points, 2), np.float32)
+    for i in range(n):
+        total, amp = max(arc[i, points - 1], 1e-6), curl[i, 0]
+        bulge = 0.35 + 0.4 * min(total / 90, 1.0)
+        for k in range(points):
+            p, q = line[i, max(k - 1, 0)], line[i, min(k + 1, points - 1)]
+            t = unit(q[0] - p[0], q[1] - p[1], q[2] - p[2])
+            u = normal[i, k]
+            s = unit(t[1] * u[2] - t[2] * u[1], t[2] * u[0] - t[0] * u[2], t[0] * u[1] - t[1] * u[0])
+            turn = 2 * np.pi * arc[i, k] / max(curl[i, 1], 1.0) + curl[i, 2]
+            grip = min(arc[i, k] / 14.0, 1.0) * amp
+            aside, up = grip * np.cos(turn), grip * 0.7 * (np.sin(turn) + 0.25)
+            share = arc[i, k] / total
+            half = 0.5 * width[i] * (1 - 0.45 * share * share * share)
+            roll = 0.35 * np.sin(turn) if amp > 0 else 0.0
+            for e in range(2):
+                out = 2.0 * e - 1.0
+                m = unit(u[0] + out * bulge * s[0] + roll * t[0], u[1] + out * bulge * s[1] + roll * t[1], u[2] + out * bulge * s[2] + roll * t[2])
+                for c in range(3):
+                    corners[i, k, e, c], lean[i, k, e, c], tangents[i, k, e, c] = line[i, k, c] + s[c] * (aside + out * half) + u[c] * up, m[c], t[c]
+                along[i, k, e], wide[i, k, e] = share, 2 * half
+    return corners, lean, tangents, along, wide
+
+
 def ribbons(
     table: np.ndarray,  # the surface it lies on
     locks: Locks,
@@ -217,21 +253,7 @@ def ribbons(
     "Grow the locks and make ribbons of them."
     f8 = lambda a: np.ascontiguousarray(a, np.float64)  # noqa: E731
     line, normal, arc = grow(table, *[f8(getattr(locks, k)) for k in "theta v first late turn length offset rise stick keep tip".split()], points)
-    tangent = np.gradient(line, axis=1)
-    tangent /= np.linalg.norm(tangent, axis=-1, keepdims=True) + 1e-9
-    side = np.cross(tangent, normal)
-    side /= np.linalg.norm(side, axis=-1, keepdims=True) + 1e-9
-    total = np.maximum(arc[:, -1:], 1e-6)
-    along = arc / total
-    amp, wave, phase = (f8(locks.curl)[:, i, None] for i in range(3))
-    turn = 2 * np.pi * arc / np.maximum(wave, 1.0) + phase
-    grip = np.clip(arc / 14.0, 0, 1) * amp
-    line = line + side * (grip * np.cos(turn))[..., None] + normal * (grip * 0.7 * (np.sin(turn) + 0.25))[..., None]
-    half = 0.5 * f8(locks.width)[:, None] * (1 - 0.45 * along**3)
-    bulge = 0.35 + 0.4 * np.clip(total / 90, 0, 1)[:, :, None]
-    corners = np.stack([line - side * half[..., None], line + side * half[..., None]], 2)
-    lean = np.stack([normal - bulge * side, normal + bulge * side], 2) + 0.35 * (np.sin(turn) * (amp > 0))[..., None, None] * tangent[:, :, None]
-    lean /= np.linalg.norm(lean, axis=-1, keepdims=True) + 1e-9
+    corners, lean, tangent, along, width = ribbon_points(line, normal, arc, f8(locks.curl), f8(locks.width))
     n = len(locks)
     base = (np.arange(n)[:, None] * points + np.arange(points - 1)[None]) * 2
     faces = np.stack([np.stack([base, base + 1, base + 3], -1), np.stack([base, base + 3, base + 2], -1)], 2)
@@ -239,8 +261,8 @@ def ribbons(
     faces = faces[np.broadcast_to(alive, faces.shape)].reshape(-1, 3)
     spread = lambda a: np.broadcast_to(np.asarray(a)[..., None], (n, points, 2)).reshape(-1)  # noqa: E731
     return Ribbons(
-        corners.reshape(-1, 3).astype(np.float32), lean.reshape(-1, 3).astype(np.float32), np.repeat(tangent[:, :, None], 2, 2).reshape(-1, 3).astype(np.float32),
-        spread(along).astype(np.float32), np.broadcast_to(np.array([-1.0, 1.0]), (n, points, 2)).reshape(-1).astype(np.float32),
+        corners.reshape(-1, 3), lean.reshape(-1, 3), tangent.reshape(-1, 3),
+        along.reshape(-1), np.broadcast_to(np.array([-1.0, 1.0]), (n, points, 2)).reshape(-1).astype(np.float32),
         spread(np.broadcast_to(np.arange(n)[:, None], (n, points))).astype(np.float32), spread(arc).astype(np.float32),
-        spread(np.broadcast_to(f8(locks.shade)[:, None], (n, points))).astype(np.float32), spread(2 * half).astype(np.float32), faces.astype(np.int32),
+        spread(np.broadcast_to(f8(locks.shade)[:, None], (n, points))).astype(np.float32), width.reshape(-1), faces.astype(np.int32),
     )  # fmt: skip

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NX', 'NY', 'NZ', 'TX', 'TY', 'TZ', 'LAMP_X', 'LAMP_Y', 'LAMP_D', 'ALONG', 'ACROSS', 'LOCK', 'ARC', 'SHADE', 'WIDTH',
-           'HIDDEN', 'strand_attributes', 'strand_here', 'draw_ribbons', 'paint_strand']
+           'HIDDEN', 'strand_attributes', 'strand_rows', 'strand_here', 'draw_ribbons', 'paint_strand']
 
 # %% ../../nbs/data/32_hair_kernel.ipynb #imports
 import numpy as np
@@ -23,11 +23,21 @@ def strand_attributes(
     hidden: np.ndarray,  # v: above 0 where a hat hides the hair
 ) -> np.ndarray:  # v 16 float32
     "One row a vertex, in the order of the names above."
-    out = np.empty((len(ribbons.verts), 16), np.float32)
-    out[:, 0:3], out[:, 3:6], out[:, 6:9] = ribbons.normals @ turn.T, ribbons.tangents @ turn.T, lamp
-    for k, name in enumerate(("along", "across", "lock", "arc", "shade", "width")):
-        out[:, ALONG + k] = getattr(ribbons, name)
-    out[:, HIDDEN] = hidden
+    r = ribbons
+    return strand_rows(r.normals, r.tangents, turn, lamp, r.along, r.across, r.lock, r.arc, r.shade, r.width, hidden)
+
+
+@kernel(allocates=True)
+def strand_rows(normals, tangents, turn, lamp, along, across, lock, arc, shade, width, hidden):
+    "The loop of `strand_attributes`."
+    out = np.empty((len(lamp), 16), np.float32)
+    for i in range(len(lamp)):
+        for c in range(3):
+            out[i, NX + c] = turn[c, 0] * normals[i, 0] + turn[c, 1] * normals[i, 1] + turn[c, 2] * normals[i, 2]
+            out[i, TX + c] = turn[c, 0] * tangents[i, 0] + turn[c, 1] * tangents[i, 1] + turn[c, 2] * tangents[i, 2]
+            out[i, LAMP_X + c] = lamp[i, c]
+        out[i, ALONG], out[i, ACROSS], out[i, LOCK], out[i, ARC], out[i, SHADE], out[i, WIDTH] = along[i], across[i], lock[i], arc[i], shade[i], width[i]
+        out[i, HIDDEN] = hidden[i]
     return out
 
 # %% ../../nbs/data/32_hair_kernel.ipynb #strand-here
@@ -65,17 +75,18 @@ def draw_ribbons(screen, faces, attr, fray, fade, cut, zbuf, ids, weights):
         inverse = np.float32(1.0) / area
         i0, i1 = max(int(np.ceil(top - 0.5)), 0), min(int(np.floor(low - 0.5)), height - 1)
         j0, j1 = max(int(np.ceil(left - 0.5)), 0), min(int(np.floor(right - 0.5)), width - 1)
-        z0, z1, z2 = screen[a, 2], screen[b, 2], screen[c, 2]
+        z0, z1, z2 = screen[a, 2], screen[b, 2] - screen[a, 2], screen[c, 2] - screen[a, 2]
+        right1, down1, right2, down2 = (y2 - y0) * inverse, (x0 - x2) * inverse, (y0 - y1) * inverse, (x1 - x0) * inverse
         for i in range(i0, i1 + 1):
-            py = np.float32(i + 0.5)
+            dy = np.float32(i + 0.5) - y0
             for j in range(j0, j1 + 1):
-                px = np.float32(j + 0.5)
-                w1 = ((px - x0) * (y2 - y0) - (x2 - x0) * (py - y0)) * inverse
-                w2 = ((x1 - x0) * (py - y0) - (px - x0) * (y1 - y0)) * inverse
+                dx = np.float32(j + 0.5) - x0
+                w1 = right1 * dx + down1 * dy
+                w2 = right2 * dx + down2 * dy
                 w0 = np.float32(1.0) - w1 - w2
                 if w0 < 0 or w1 < 0 or w2 < 0:
                     continue
-                z = w0 * z0 + w1 * z1 + w2 * z2
+                z = z0 + w1 * z1 + w2 * z2
                 if zbuf[i, j] >= 0 and z >= zbuf[i, j]:
                     continue
                 if cut:

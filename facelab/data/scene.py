@@ -42,6 +42,8 @@ def sample_expression(
     for k, spread in side_note.items():
         if name == "Neutral" or k not in ("smile",):
             out[k] = out.get(k, 0.0) + float(max(rng.normal(0, spread * (1.0 if name == "Neutral" else 0.4)), 0.0))
+    if name == "Neutral":  # most people at rest close their mouths
+        out["jaw_open"] *= 0.5
     if name == "Happiness" and rng.random() < 0.25:  # a smile with closed lips
         out["jaw_open"], out["upper_lip_up"], out["lower_lip_down"] = 0.0, 0.1 * out["upper_lip_up"], 0.0
     return out

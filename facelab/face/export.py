@@ -10,7 +10,7 @@ __all__ = ['Surface', 'check_surface', 'split_seams', 'obj_text', 'glb_parts', '
 # %% ../../nbs/face/70_export.ipynb #imports
 import io
 import json
-import math
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -253,9 +253,8 @@ def export_face(
 def parse_obj(
     text: str,  # Wavefront OBJ
 ) -> Surface:  # in the file's unit and vertex order; polygons cut into fans
-    "Vertices, their colours, UV and faces of an OBJ; the rest of it is skipped. Raises `ValueError` or `IndexError` where numbers are wrong."
-    rows: dict[str, list] = {"v": [], "vt": []}
-    faces, uv_faces = [], []
+    "Vertices, their colours, UV and faces of an OBJ; the rest of it is skipped. Raises `ValueError` with the line where numbers are wrong or missing."
+    rows, faces, uv_faces, at = {"v": [], "vt": []}, [], [], 1
 
     def number(word: str, count: int) -> int:  # from 1, or backwards from -1
         index = int(word) - 1 if int(word) > 0 else count + int(word)
@@ -263,23 +262,29 @@ def parse_obj(
             raise IndexError(f"index {word} among {count}")
         return index
 
-    for line in text.replace("\\\n", " ").splitlines():
-        kind, *words = line.partition("#")[0].split() or [""]
-        if kind in rows:
-            rows[kind].append([float(word) for word in words])
-        elif kind == "f":
-            corners = [word.split("/") for word in words]
-            ids = [number(corner[0], len(rows["v"])) for corner in corners]
-            mapped = [number(corner[1], len(rows["vt"])) for corner in corners if len(corner) > 1 and corner[1]]
-            for k in range(1, len(ids) - 1):
-                faces.append((ids[0], ids[k], ids[k + 1]))
-                uv_faces += [(mapped[0], mapped[k], mapped[k + 1])] if len(mapped) == len(ids) else []
+    for line in re.split(r"(?<!\\)\n", text.replace("\r\n", "\n").replace("\r", "\n")):  # a backslash at its end goes on in the next
+        kind, *words = line.replace("\\\n", " ").partition("#")[0].split() or [""]
+        try:
+            if kind in rows:
+                rows[kind].append([float(word) for word in words])
+                if len(words) < (least := 3 if kind == "v" else 1):
+                    raise ValueError(f"{len(words)} numbers after {kind}, not {least}")
+            elif kind == "f":
+                corners = [word.split("/") for word in words]
+                ids = [number(corner[0], len(rows["v"])) for corner in corners]
+                mapped = [number(corner[1], len(rows["vt"])) for corner in corners if len(corner) > 1 and corner[1]]
+                for k in range(1, len(ids) - 1):
+                    faces.append((ids[0], ids[k], ids[k + 1]))
+                    uv_faces += [(mapped[0], mapped[k], mapped[k + 1])] if len(mapped) == len(ids) else []
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"line {at}: {error}") from None
+        at += 1 + line.count("\n")
     verts = torch.tensor([row[:3] for row in rows["v"]], dtype=torch.float64).reshape(-1, 3)
     painted = bool(rows["v"]) and all(len(row) == 6 for row in rows["v"])
     whole = bool(faces) and len(uv_faces) == len(faces)  # a UV at each corner, or none
     return Surface(
         verts, torch.tensor(faces, dtype=torch.long).reshape(-1, 3), torch.tensor([row[3:] for row in rows["v"]]) if painted else None,
-        torch.tensor([row[:2] for row in rows["vt"]]).reshape(-1, 2) if whole else None, torch.tensor(uv_faces) if whole else None,
+        torch.tensor([(row + [0.0])[:2] for row in rows["vt"]]).reshape(-1, 2) if whole else None, torch.tensor(uv_faces) if whole else None,
     )  # fmt: skip
 
 # %% ../../nbs/face/70_export.ipynb #check-glb
@@ -350,7 +355,7 @@ def read_mesh(
     if kind not in (".obj", ".ply", ".glb"):
         raise InputError(path, f"the ending {kind!r}", needed, "Convert it, for example with Blender.")
     unit_mm = unit_mm if unit_mm is not None else 1000.0 if kind == ".glb" else 1.0
-    if not (math.isfinite(unit_mm) and unit_mm > 0):
+    if not (np.isfinite(unit_mm) and unit_mm > 0):
         raise InputError("read_mesh", f"unit_mm = {unit_mm}", "a number above 0", "1 for millimetres, 10 for centimetres, 1000 for metres.")
     raw = check_file(path, needed, max_bytes).read_bytes()
     if kind == ".glb":

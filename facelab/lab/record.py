@@ -126,6 +126,8 @@ def load_record(
         record = Record(**raw)
     except TypeError as error:
         raise InputError(path, str(error), "the keys of a record", "It was written by another version: run the stage again.") from error
+    except InputError as error:  # of a row, which does not know its file
+        raise InputError(path, f"{error.what}: {error.came}", error.needed, error.fix) from error
     if record.status not in STATUSES:
         raise InputError(path, f"status {record.status!r}", "one of " + ", ".join(STATUSES), "Run the stage again.")
     return record

@@ -41,16 +41,21 @@ def in_words(
 def wide_table(
     record: Record,
 ) -> pd.DataFrame:  # a row a method, a column a metric with unit and arrow
-    "A table to look at: methods down, metrics across, best direction as an arrow; a dash where a method has no such number."
+    "A table to look at: methods down, metrics across, best direction as an arrow, n; a dash where a method has no such number. The profile stands in its corner."
     arrow = {"lower": " ↓", "higher": " ↑", "none": ""}
     cells: dict[str, dict[str, str]] = {}
+    counts: dict[str, list[int]] = {}
     for row in record.rows:
         name = row.method + (f" ({row.data})" if row.data else "")
         unit = f" [{row.unit}]" if row.unit else ""
         cells.setdefault(name, {})[f"{row.metric}{unit}{arrow[row.better]}"] = in_words(row)
+        counts.setdefault(name, []).append(row.n)
     wide = pd.DataFrame.from_dict(cells, orient="index").fillna("–")
     for name in record.not_run:
         wide.loc[name, list(wide.columns) or ["result"]] = "not run"
+    ends = {name: (min(n), max(n)) for name, n in counts.items()}
+    wide["n"] = [("–" if not hi else f"{hi}" if lo == hi else f"{lo} to {hi}") for lo, hi in (ends.get(name, (0, 0)) for name in wide.index)]
+    wide.columns.name = f"{record.profile} profile" + (", cancelled" if record.status == "cancelled" else "")
     return wide
 
 # %% ../../nbs/lab/50_table.ipynb #beside
@@ -114,8 +119,7 @@ def show(
         note = root() / "build" / "records" / f"{record.stage}.json"
         cost = read_json(note) if note.is_file() else {}
         took = f", took {cost['seconds']:.0f} s here" if cost else ""
-        n = max((r.n for r in record.rows), default=0)
-        print(f"\n{record.stage} ({record.profile} profile, {record.status}, n up to {n}{took})", file=out)
+        print(f"\n{record.stage} ({record.profile} profile, {record.status}{took})", file=out)
         print(wide_table(record).to_markdown(), file=out)
         for line in [*record.notes, *(f"{name} was not run: {why}" for name, why in record.not_run.items())]:
             print(f"note: {line}", file=out)

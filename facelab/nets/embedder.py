@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FaceEmbedder', 'fit_crop', 'crop_faces', 'NetworkEmbedder', 'ArcFaceEmbedder', 'BaseEmbedder', 'untrained_embedder',
-           'PixelEmbedder', 'embed_faces', 'perceptual_loss', 'embed_all']
+           'trained_embedder', 'PixelEmbedder', 'embed_faces', 'perceptual_loss', 'embed_all']
 
 # %% ../../nbs/nets/30_embedder.ipynb #imports
 from typing import Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..face.align import arcface_matrix, five_points, warp
+from ..lab.assets import find_asset
 from ..lab.base import load_base
 from ..lab.errors import InputError, ShapeError
 from ..lab.progress import Progress
@@ -163,6 +164,15 @@ def untrained_embedder(
         with torch.no_grad():
             net.train()(2 * fit_crop(crops, config.size) - 1)
     return BaseEmbedder(net, "untrained", zoom)
+
+# %% ../../nbs/nets/30_embedder.ipynb #by-name
+def trained_embedder(
+    name: str,  # base: the shipped one; arcface: the user's copy of insightface's weights
+) -> NetworkEmbedder:
+    "An embedder by its name in a profile. Raises `AssetError` where ArcFace's file is missing."
+    if name not in ("base", "arcface"):
+        raise InputError("embedder", repr(name), "base or arcface", "Choose one in the profile.")
+    return BaseEmbedder.from_base() if name == "base" else ArcFaceEmbedder.from_file(find_asset("arcface-r50-ms1mv3"))
 
 # %% ../../nbs/nets/30_embedder.ipynb #pixels
 class PixelEmbedder:
