@@ -12,7 +12,7 @@ import pytest
 from facelab.facegpt import judge_models
 from facelab.facegpt.judge import (
     RULE, is_published, RecordedJudge, Reply, Review, bench_gain, bench_rows, bench_scores, judge_prompt, parse_review, pooled_ratio, read_answers, read_contexts, read_jsonl,
-    read_questions, read_reviews, read_rules, review_bench, write_answers, write_reviews, Prompt,
+    read_questions, read_reviews, read_rules, review_bench, write_answers, write_reviews, JudgePrompt,
 )  # fmt: skip
 from facelab.facegpt.judge_models import EndpointJudge, LocalJudge, ReplyCache, reply_text, JudgeFailure
 from facelab.lab.errors import InputError, Skipped
@@ -66,7 +66,7 @@ def test_published_prompt_to_the_letter(tmp_path):
     judge = Listening()
     review_bench(judge, *bench_files(tmp_path))
     want = (
-        "[Context]\nTwo cases.\nOld cases.\n\nsuitcase: [0.1, 0.25, 0.504, 1.0]\n\n[Question]\nWhat colour are the cases?\n\n[Assistant 1]\nreference 0\n\n[End of Assistant 1]\n\n"
+        "[Context]\nTwo cases.\nOld cases.\n\nsuitcase: [0.1, 0.25, 0.504, 1.0]\n\n[BenchQuestion]\nWhat colour are the cases?\n\n[Assistant 1]\nreference 0\n\n[End of Assistant 1]\n\n"
         f"[Assistant 2]\nanswer 0\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
     )
     assert judge.seen[0].user == want
@@ -265,7 +265,7 @@ def endpoint(monkeypatch, tmp_path):
 
 
 def ask(judge, *texts):
-    return judge.ask([Prompt(k, "S", t) for k, t in enumerate(texts)])
+    return judge.ask([JudgePrompt(k, "S", t) for k, t in enumerate(texts)])
 
 
 def test_one_failure_leaves_the_others(endpoint, capfd):
@@ -367,10 +367,10 @@ def test_a_judge_that_miscounts_is_refused(tmp_path):
 def test_local_judge_refuses_other_folders(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(InputError, match=r"config\.json"):
-        LocalJudge(tmp_path / "nowhere").ask([Prompt(0, "s", "u")])
+        LocalJudge(tmp_path / "nowhere").ask([JudgePrompt(0, "s", "u")])
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(InputError, match="safetensors"):
-        LocalJudge(tmp_path).ask([Prompt(0, "s", "u")])
+        LocalJudge(tmp_path).ask([JudgePrompt(0, "s", "u")])
 
 
 def test_judge_prompt_swap_changes_places_only():
@@ -428,24 +428,24 @@ def test_tally_against_its_slow_twin():
 
 
 def test_perfect_and_silent_answers():
-    from facelab.facegpt.schema_judge import Answer, fact_rows, judge_answers
+    from facelab.facegpt.schema_judge import BenchAnswer, fact_rows, judge_answers
 
     rng = np.random.default_rng(2)
     truths = [random_facts(rng) for _ in range(12)]
     read = json.loads
-    perfect = judge_answers([Answer(json.dumps(t), t, str(k)) for k, t in enumerate(truths)], read=read)
-    silent = judge_answers([Answer("{}", t, str(k)) for k, t in enumerate(truths)], read=read)
+    perfect = judge_answers([BenchAnswer(json.dumps(t), t, str(k)) for k, t in enumerate(truths)], read=read)
+    silent = judge_answers([BenchAnswer("{}", t, str(k)) for k, t in enumerate(truths)], read=read)
     assert {r.metric: r.value for r in fact_rows("p", perfect)} == {"fact precision": 1, "fact recall": 1, "fact F1": 1, "hallucination rate": 0, "answers with a false mention": 0}
     assert {r.metric: r.value for r in fact_rows("s", silent)} == {"fact recall": 0, "fact F1": 0, "answers with a false mention": 0}
 
 
 def test_describe_and_read_make_a_perfect_speaker():
     from facelab.facegpt.describe import describe
-    from facelab.facegpt.schema_judge import VISIBLE, Answer, fact_rows, judge_answers, shuffled_rows
+    from facelab.facegpt.schema_judge import VISIBLE, BenchAnswer, fact_rows, judge_answers, shuffled_rows
 
     rng = np.random.default_rng(3)
     truths = [random_facts(rng) for _ in range(60)]
-    answers = [Answer(describe(t, rng), t, str(k)) for k, t in enumerate(truths)]
+    answers = [BenchAnswer(describe(t, rng), t, str(k)) for k, t in enumerate(truths)]
     rows = {r.metric: r for r in fact_rows("p", judge_answers(answers), draws=100)}
     assert rows["fact F1"].value == 1 and rows["hallucination rate"].value == 0
     rows = {r.metric: r for r in shuffled_rows("p", answers, only=VISIBLE, draws=100)}
@@ -453,13 +453,13 @@ def test_describe_and_read_make_a_perfect_speaker():
 
 
 def test_shuffling_gives_every_picture_another():
-    from facelab.facegpt.schema_judge import Answer, derangement, shuffled
+    from facelab.facegpt.schema_judge import BenchAnswer, derangement, shuffled
 
     names = [f"p{k}" for k in range(31)]
     for seed in range(20):
         other = derangement(names * 2, seed)
         assert sorted(other.values()) == sorted(names) and all(k != v for k, v in other.items())
-    answers = [Answer("yes", {"hat": "hat"}, "a", "complex", "Q", expected="yes"), Answer("yes", {"hat": "none"}, "b", "complex", "Q", expected="no"), Answer("x", {"hat": "hat"}, "a", "complex", "only a", expected="x")]
+    answers = [BenchAnswer("yes", {"hat": "hat"}, "a", "complex", "Q", expected="yes"), BenchAnswer("yes", {"hat": "none"}, "b", "complex", "Q", expected="no"), BenchAnswer("x", {"hat": "hat"}, "a", "complex", "only a", expected="x")]
     pairs = shuffled(answers)
     assert [(p.expected, q.expected) for p, q in pairs] == [("yes", "no"), ("no", "yes")] and pairs[0][1].truth == {"hat": "none"}
 
@@ -467,10 +467,10 @@ def test_shuffling_gives_every_picture_another():
 def test_table_shape_never_shares_a_metric_with_the_paper():
     import pandas as pd
 
-    from facelab.facegpt.schema_judge import Answer, judge_answers, schema_table
+    from facelab.facegpt.schema_judge import BenchAnswer, judge_answers, schema_table
     from facelab.lab.paths import root
 
-    answers = [Answer("yes", {"hat": "hat"}, "a", kind, expected="yes") for kind in ("conv", "detail", "complex")]
+    answers = [BenchAnswer("yes", {"hat": "hat"}, "a", kind, expected="yes") for kind in ("conv", "detail", "complex")]
     rows = schema_table("FaceGPT", judge_answers(answers, read=lambda text: {}))
     assert [r.metric for r in rows] == ["Conv (schema)", "Detail (schema)", "Complex (schema)", "All (schema)"] and {r.value for r in rows} == {100.0}
     assert not {r.metric for r in rows} & set(pd.read_csv(root() / "results" / "reference.csv").metric)
@@ -492,15 +492,15 @@ def test_face_iff_asked():
 
 
 def test_cycle_and_distinct():
-    from facelab.facegpt.schema_judge import Answer, cycle_rows, distinct_rows
+    from facelab.facegpt.schema_judge import BenchAnswer, cycle_rows, distinct_rows
 
     rng = np.random.default_rng(9)
     faces = [random_facts(rng, 0.2, 1.0) for _ in range(40)]
     rows = cycle_rows("t", faces, faces, only={"yaw", "skin"})
     assert [r.value for r in rows if r.metric == "cycle agreement"] == [100, 100, 100] and rows[1].value < 60 and {r.data for r in rows[2:]} == {"yaw", "skin"}
-    one = [Answer("the same", {}, str(k)) for k in range(20)]
+    one = [BenchAnswer("the same", {}, str(k)) for k in range(20)]
     assert [r.value for r in distinct_rows("t", one)] == [0.05, 0.0]
-    many = [Answer(str(k), {}, str(k)) for k in range(20)]
+    many = [BenchAnswer(str(k), {}, str(k)) for k in range(20)]
     assert [(r.value, r.low, r.high) for r in distinct_rows("t", many)] == [(1.0, None, None), (1.0, 1.0, 1.0)]
 
 

@@ -26,7 +26,7 @@ from .model import FaceHead, check_state
 from .objective import Embed, face_term, targets_of
 from .photos import FacePhotos
 from .talker import evaluating
-from .train import Recipe, batch_photos
+from .train import TrainRecipe, batch_photos
 from .vlm import Llava, load_llava, marks, pixels, select_features
 from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.batches import seed_of
@@ -145,7 +145,7 @@ FaceRegressor.predict = predict
 def regressor_loss(
     photos: FacePhotos,
     face_model: MorphableModel,  # may be a coarse copy: facelab.face.coarse
-    recipe: Recipe,
+    recipe: TrainRecipe,
     embed: Embed | None = None,  # for the perceptual term
     codes: Float[Tensor, "n k"] | None = None,  # of another method, one a photo, for `Weights.loss` "params"
 ) -> Callable:  # (models, rows, step) -> losses
@@ -163,7 +163,7 @@ def regressor_loss(
 
 # %% ../../nbs/facegpt/60_baselines.ipynb #train-regressor
 def train_regressor(
-    recipe: Recipe,  # FaceGPT's; `rate` is that of the tower, `head_rate` that of the head
+    recipe: TrainRecipe,  # FaceGPT's; `rate` is that of the tower, `head_rate` that of the head
     regressor: FaceRegressor,  # trained in place
     photos: FacePhotos,
     face_model: MorphableModel,

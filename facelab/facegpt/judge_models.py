@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .judge import Prompt, Reply, read_jsonl
+from .judge import JudgePrompt, Reply, read_jsonl
 from ..lab.errors import InputError, Skipped
 from ..lab.progress import progress
 
@@ -112,7 +112,7 @@ class ReplyCache:
             for row in read_jsonl(self.path, {"key": str, "content": str}, Skipped()):  # a line cut off by a crash is asked again
                 self.known[row["key"]] = row["content"]
 
-    def add(self, key: str, prompt: Prompt, content: str):
+    def add(self, key: str, prompt: JudgePrompt, content: str):
         "Keep one reply."
         self.known[key] = content
         if self.path is None:
@@ -152,7 +152,7 @@ class EndpointJudge:
         if self.key_name and at.scheme == "http" and at.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise InputError("base_url", "http to another machine", "https where a key is sent", "A key over plain http can be read on the way.")
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Reply]:
+    def ask(self, prompts: Sequence[JudgePrompt]) -> list[Reply]:
         "A reply or a reason for each; what is in the cache is not asked again."
         key, cache, replies, over = read_key(self.key_name), ReplyCache(self.cache), [], ""
         for prompt in progress(prompts, f"judge {self.model}"):
@@ -201,7 +201,7 @@ class LocalJudge:
             raise InputError(self.folder.name, f"{type(error).__name__}: {str(error)[:200]}", "a causal language model with its tokenizer, as safetensors", "Try it with transformers alone.") from error
         self.model = model.to(self.device).eval()
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Reply]:
+    def ask(self, prompts: Sequence[JudgePrompt]) -> list[Reply]:
         "One reply a prompt; a prompt that fails (too long, out of memory) fails alone."
         self.model is not None or self.load()
         replies = []
@@ -212,7 +212,7 @@ class LocalJudge:
                 replies.append(Reply(None, f"{type(error).__name__}: {str(error)[:200]}"))
         return replies
 
-    def _reply(self, prompt: Prompt) -> str:
+    def _reply(self, prompt: JudgePrompt) -> str:
         "What the model writes after the two messages."
         import torch
 

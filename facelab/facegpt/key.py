@@ -31,7 +31,7 @@ from .photos import FacePhotos
 from .prompt import TalkLike, Tokens
 from .refine import refine
 from .talker import Talker, evaluating, positions
-from .train import Recipe, batch_photos
+from .train import TrainRecipe, batch_photos
 from .vlm import Llava, quiet
 from .wordings import fill
 from ..lab.batches import seed_of
@@ -172,12 +172,12 @@ def moved(
 # %% ../../nbs/facegpt/62_key.ipynb #key-loss
 def key_loss(
     photos: FacePhotos,
-    recipe: Recipe,
+    recipe: TrainRecipe,
     numbers: Sequence[int],  # tokens of 00 to 99; empty where a number takes several
 ) -> Callable:  # (models, groups, step) -> losses
     "Cross entropy of the numbers, for a batch of conversations."
     if recipe.how.share and not numbers:
-        raise InputError("LLaVA-Key", "photos that are moved, and numbers of several tokens", "one token a number, or photos that stay", "Take add_number_words(llava), or Recipe.how=Jitter(share=0).")
+        raise InputError("LLaVA-Key", "photos that are moved, and numbers of several tokens", "one token a number, or photos that stay", "Take add_number_words(llava), or TrainRecipe.how=Jitter(share=0).")
 
     def loss_fn(models, groups, step: Step):
         talker, losses = models["talker"], []
@@ -199,7 +199,7 @@ def key_loss(
 
 # %% ../../nbs/facegpt/62_key.ipynb #train-key
 def train_key(
-    recipe: Recipe,  # FaceGPT's; its weights and head_rate are not used
+    recipe: TrainRecipe,  # FaceGPT's; its weights and head_rate are not used
     talker: Talker,  # with a fresh adapter that has `number_words` among its words; trained in place
     photos: FacePhotos,
     talks: TalkSet,  # `key_talks` of these photos
