@@ -64,11 +64,9 @@ def _is(noun: str, words: Sequence[str], plural: bool = False, said: Sequence[st
 
 FORM: dict[str, Phrases] = {
     "skin": {
-        "very light": (("very light skin", "very pale skin"), ("the skin is very light", "the skin is very pale")),
         "light": (("light skin", "pale skin"), ("the skin is light", "the skin is pale")),
         "medium": (("medium skin", "skin of a medium tone"), ("the skin is medium", "the skin has a medium tone")),
         "dark": (("dark skin", "skin of a dark tone"), ("the skin is dark", "the skin has a dark tone")),
-        "very dark": (("very dark skin", "skin of a very dark tone"), ("the skin is very dark", "the skin has a very dark tone")),
     },
     "smile": {
         "none": (("no smile",), ("there is no smile", "the person does not smile")),
@@ -123,8 +121,8 @@ HEARD: dict[tuple[str, str], tuple[str, ...]] = {  # (attribute, value): underst
     ("yaw", "right"): ("facing right", "facing the right", "facing to the right", "turned right", "looking right"),
     ("pitch", "up"): ("tilted up", "looks up"),
     ("pitch", "down"): ("tilted down", "looks down"),
-    ("skin", "light"): ("fair skin", "light skinned"),
-    ("skin", "dark"): ("dark skinned", "deep skin"),
+    ("skin", "light"): ("fair skin", "light skinned", "very light skin", "very pale skin"),
+    ("skin", "dark"): ("dark skinned", "deep skin", "very dark skin"),
     ("smile", "slight"): ("smiling slightly", "is smiling", "smiles", "a smile"),
     ("smile", "broad"): ("smiling broadly", "a wide smile", "smiles broadly", "a large smile"),
     ("smile", "none"): ("not smiling",),

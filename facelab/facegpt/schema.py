@@ -47,7 +47,7 @@ SCHEMA: dict[str, Attribute] = {
     for a in (
         Attribute("yaw", ("far left", "left", "front", "right", "far right"), "front", "code", (-0.45, -0.15, 0.15, 0.45), True),
         Attribute("pitch", ("up", "level", "down"), "level", "code", (-0.1, 0.1), True),
-        Attribute("skin", ("very dark", "dark", "medium", "light", "very light"), None, "code", (37.0, 49.0, 61.0, 69.0), True),
+        Attribute("skin", ("dark", "medium", "light"), None, "code", (46.0, 62.0), True),
         Attribute("light", ("left", "right", "above", "front"), "front", "code", (), True),
         Attribute("smile", ("none", "slight", "broad"), "none", "code", (2.2, 5.4), True),
         Attribute("mouth", ("closed", "open", "wide open"), "closed", "code", (3.0, 8.0), True),
