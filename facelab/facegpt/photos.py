@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FacePhotos', 'resized', 'mirrored', 'mirrored_facts', 'joined', 'stacked', 'truth_photos', 'world_photos',
-           'celeba_photos', 'eye_labels', 'embedded_facts']
+           'celeba_photos', 'square_middle', 'eye_labels', 'embedded_facts']
 
 # %% ../../nbs/facegpt/36_photos.ipynb #imports
 from collections.abc import Iterable
@@ -163,7 +163,7 @@ def celeba_photos(
     if not len(data):
         raise InputError(folder, f"no photo of split {split!r}", "a split with photos", "Does list_eval_partition name it?")
     items = [data[k] for k in range(len(data))]
-    cut = [_square(item.image) for item in items]
+    cut = [square_middle(item.image) for item in items]
     if len({c.shape for c in cut}) > 1:
         raise InputError(folder, "pictures of several sizes", "aligned pictures of one size", "Take img_align_celeba, not the pictures in the wild.")
     photos = FacePhotos(stacked(cut, torch.uint8).permute(0, 3, 1, 2).contiguous(), [i.name for i in items], attributes=stacked((i.attributes for i in items), torch.int8), people=tuple(i.identity for i in items))
@@ -176,7 +176,7 @@ def celeba_photos(
     return resized(photos, size)
 
 
-def _square(image: np.ndarray) -> np.ndarray:
+def square_middle(image: np.ndarray) -> np.ndarray:
     "The middle of a picture."
     h, w = image.shape[:2]
     side = min(h, w)
