@@ -88,6 +88,30 @@ def test_stage_has_one_parameters_cell_with_the_profiles_keys(stage):
     assert set(stages(ROOT)[stage].cost) == set(PROFILES), "meta.cost states what each profile takes"
 
 
+def imported(module, root):
+    "All modules of the package that one module needs, itself included."
+    found, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        path = root / (name.replace(".", "/") + ".py")
+        if name in found or not path.is_file():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = ".".join([*name.split(".")[: -node.level], *([node.module] if node.module else [])])
+                todo += [base, *(f"{base}.{a.name}" for a in node.names)]
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_depends_on_all_code_that_it_imports(stage):
+    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].get(stage, {})
+    needed = imported(stages(ROOT)[stage].run.split(":")[0], ROOT)
+    lacking = [m for m in sorted(needed) if not any((m.replace(".", "/") + ".py").startswith(d if d.endswith(".py") else d + "/") for d in graph["deps"])]
+    assert len(needed) > 3 and not lacking
+
+
 def test_profiles_hold_no_stray_file():
     for profile in PROFILES:
         assert {p.stem for p in (ROOT / "profiles" / profile).glob("*.yaml")} == set(STAGES)

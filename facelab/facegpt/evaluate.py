@@ -68,8 +68,8 @@ def face_scores(
     return found | {
         "keypoint error, true camera": (keypoint_error(there, photos.landmarks_2d, photos.size).px, "px at 224"),
         "vertex RMS": (vertex_rms(views.verts, truth, ids=front(model)), "mm"),
-        "Exp.": ((views.code.exp - photos.codes.exp).norm(dim=1), "sd"),
-        "Shape": ((views.code.shape - photos.codes.shape).norm(dim=1), "sd"),
+        "expression L2": ((views.code.exp - photos.codes.exp).norm(dim=1), "sd"),
+        "shape L2": ((views.code.shape - photos.codes.shape).norm(dim=1), "sd"),
     }
 
 # %% ../../nbs/facegpt/65_evaluate.ipynb #score-rows
