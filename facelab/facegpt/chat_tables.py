@@ -8,14 +8,12 @@ __all__ = ['IFF_MIX', 'iff_prompts', 'answer_talks', 'iff_rows', 'bench_tables',
 
 # %% ../../nbs/facegpt/89_chat_tables.ipynb #imports
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
-from ..data.instruct import Talk, Turn
+from ..data.instruct import Talk
 from .base import ask_bench, open_llava
 from .face_tables import pooled_features, spread, test_photos
 from .judge import Judge, RecordedJudge, bench_rows, read_answers, read_contexts, read_questions, read_rules, review_bench

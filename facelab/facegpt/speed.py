@@ -61,7 +61,7 @@ def timed_steps(
     "How long a step takes."
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times = []
-    for k in range(count + 2):
+    for _ in range(count + 2):
         wait()
         began = time.perf_counter()
         loss = step()
