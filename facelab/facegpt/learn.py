@@ -100,7 +100,7 @@ def curve_rows(
 ) -> list[Row]:
     "The last tenth of a training curve, as rows."
     last = curve.tail(max(1, len(curve) // 10)).mean(numeric_only=True)
-    found = [c for c in curve.columns if "/" in c and not c.endswith(("/rate", "/norm", "seconds"))]
+    found = [c for c in curve.columns if "/" in c and not c.endswith(("/lr", "/grad_norm", "seconds"))]
     return [Row(name, column.split("/", 1)[1], float(last[column]), n=photos, better="none", data="training photos, end of training") for column in found if last[column] == last[column]]
 
 

@@ -23,7 +23,7 @@ from .paths import build_dir, root
 from .profile import PROFILES, profile_values, stages
 from .progress import seed_everything
 from .record import Record, Row, package_versions, run_cost
-from .table import stage_table, wide_table
+from .table import stage_table, wide_table, wide_tables
 
 # %% ../../nbs/lab/80_run.ipynb #job
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class Run:
     def table(self) -> pd.DataFrame:
         "Methods down, metrics across."
         return wide_table(self.record)
+
+    @property
+    def tables(self) -> list[pd.DataFrame]:
+        "The same in narrow tables: what has the same metrics stands together."
+        return wide_tables(self.record)
 
 
 def run_stage(
@@ -168,7 +173,7 @@ def main(
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(run.table.to_markdown())
+    print(*(table.to_markdown() for table in run.tables), sep="\n\n")
     print(f"written to {run.folder}")
     return 0
 
