@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from facelab.data.instruct import Talk, Turn, write_instructions
-from facelab.facegpt.dataset import ABOUT_THE_PICTURE, both_ways, drawn_set, hq_photos, instruction_rows, mirrored_text, told_talks, training_set
+from facelab.facegpt.dataset import ABOUT_THE_PICTURE, drawn_set, hq_photos, instruction_rows, mirrored_text, told_talks, training_set
 from facelab.facegpt.face_tables import spread, test_photos as photos_to_judge
 from facelab.facegpt.learn import key_text_talks, told_of
 from facelab.facegpt.speed import step_operations
