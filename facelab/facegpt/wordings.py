@@ -26,6 +26,12 @@ REQUESTS = (
     "Give me the 3D shape of this face.",
     "Reconstruct the person in this photo.",
     "Which 3DMM parameters does this face have?",
+    "What does this face look like in 3D?",
+    "What is the mesh of this face?",
+    "Which 3D shape does this head have?",
+    "Can you turn this face into 3D?",
+    "I want a 3D model of this head.",
+    "Show me the 3D shape of this person.",
 )
 REQUESTS_HELD_OUT = (
     "Can you make a 3D face of this person?",
@@ -131,7 +137,9 @@ HARD: tuple[tuple[tuple[str, ...], str], ...] = (  # (wordings, answer): text on
     (("What does a person see in 3D with?", "With what do we see in 3D?"), "We see in 3D with two eyes."),
     (("Is a photo in 3D?", "Is this text in 3D?"), "No, it is not in 3D."),
 )
-HARD_IMAGE = ("Do not make a 3D face. {question}", "{question} Do not give parameters.", "No 3D model, please. {question}", "Look at this face. {question}")
+HARD_IMAGE = (
+    "Do not make a 3D face. {question}", "{question} Do not give parameters.", "No 3D model, please. {question}", "Look at this face. {question}", "{question} Please do not make a 3D model.", "I do not want a mesh. {question}", "{question} No parameters, please.", "I do not want the 3DMM parameters, only words. {question}", "{question} Only in words, not in 3D.",
+)
 HARD_IMAGE_HELD_OUT = ("Please do not give the 3DMM parameters. {question}", "{question} No 3D face, please.")
 HARD_TEXT = ("{description}. {question}", "This is a text: {description}. {question}")  # an ordinary question about a description
 
