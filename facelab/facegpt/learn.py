@@ -181,6 +181,8 @@ def train_baseline(
     photos = face_photos(have.photos)
     if which == "key":
         recipe = replace(have.recipe, steps=job.key_steps, warmup=min(have.recipe.warmup, job.key_steps // 4), weights=Weights(text=1.0, face=0.0))
+        if job.recipe != "paper":  # ours: its rows are four times as long as FaceGPT's, and it needs many steps
+            recipe = replace(recipe, batch=max(2, job.batch // 2), rate=3e-3)
         talker = new_key(have.base(), recipe, have.prompt)
         talks = key_talks(photos, job.seed, max(256, min(4 * len(photos), job.key_steps * job.batch)), 0.0) + key_text_talks(photos, have.talks, job.seed)
         curve = train_key(recipe, talker, photos, talk_set(talker.encoder, talks, photos), scratch="facegpt-key", label=name)

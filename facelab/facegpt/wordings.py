@@ -26,7 +26,6 @@ REQUESTS = (
     "Give me the 3D shape of this face.",
     "Reconstruct the person in this photo.",
     "Which 3DMM parameters does this face have?",
-    "What does this face look like in 3D?",
     "What is the mesh of this face?",
     "Which 3D shape does this head have?",
     "Can you turn this face into 3D?",
