@@ -256,7 +256,9 @@ def train_variant(
     "Train one of them and write it."
     seed_everything(job.seed, job.threads)
     have, name = given(job), VARIANTS[variant]
-    recipe, talks, codes, notes, skipped = have.recipe, have.talks, None, list(have.notes), Skipped()
+    weights = replace(have.recipe.weights, text=job.text_weight, face=job.face_weight)
+    recipe = replace(have.recipe, rate=job.rate, head_rate=job.head_rate, weights=weights)
+    talks, codes, notes, skipped = have.talks, None, list(have.notes), Skipped()
     if variant == "without_conversations":
         talks = [talk for talk in talks if talk.kind not in WITHOUT_FACE]
     if variant == "supervised":
@@ -271,7 +273,7 @@ def train_variant(
 
 
 def run_train(
-    job: Job,  # as for `given`; teacher, variants, workers
+    job: Job,  # as for `given`; rate, head_rate, text_weight, face_weight, teacher, variants, workers
 ) -> Outcome:
     "Train FaceGPT and its ablations (paper 4.2, Tables 5 and 6)."
     asked = [v.strip() for v in job.variants.split(",") if v.strip()]
