@@ -207,6 +207,9 @@ def test_numbers_in_the_readme_are_those_of_the_records():
         record = load_record(ROOT / "results" / stage / "record.json")
         rows = [r for r in record.rows if r.data != "NASA portrait"]
         assert record.profile == "mini" and record.status == "full"
+        header = next(line for line in lines if line.startswith("| ") and f"(`{stage}`)" in line)
+        count = max(r.n for r in rows if (r.metric, r.unit) == wanted[0])
+        assert re.search(rf"\b{count:,}\b", header), f"README.md: the header of {stage} does not say its n, {count:,}"
         for method in methods or dict.fromkeys(r.method for r in rows):
             words = [next(in_words(r) for r in rows if (r.method, r.metric, r.unit) == (method, *key)) for key in wanted]
             assert f"| {method} | {' | '.join(words)} |" in lines, f"README.md: the row of {method} in {stage} is not what the record says: | {method} | {' | '.join(words)} |"
