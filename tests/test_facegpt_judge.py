@@ -11,11 +11,12 @@ import pytest
 
 from facelab.facegpt import judge_models
 from facelab.facegpt.judge import (
-    RULE, is_published, RecordedJudge, Reply, Review, bench_gain, bench_rows, bench_scores, judge_prompt, parse_review, pooled_ratio, read_answers, read_contexts, read_jsonl,
+    RULE, is_published, RecordedJudge, Reply, Review, bench_gain, bench_rows, bench_scores, judge_prompt, parse_review, read_answers, read_contexts, read_jsonl,
     read_questions, read_reviews, read_rules, review_bench, write_answers, write_reviews, JudgePrompt,
 )  # fmt: skip
 from facelab.facegpt.judge_models import EndpointJudge, LocalJudge, ReplyCache, reply_text, JudgeFailure
 from facelab.lab.errors import InputError, Skipped
+from facelab.lab.ratio import pooled_ratio
 from facelab.lab.record import bootstrap
 
 SECRET = "sk-test-0123456789"

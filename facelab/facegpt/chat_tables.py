@@ -16,7 +16,7 @@ import numpy as np
 from ..data.instruct import Talk
 from .base import ask_bench, open_llava
 from .face_tables import pooled_features, spread, test_photos
-from .judge import Judge, RecordedJudge, bench_rows, drawn_sums, read_answers, read_contexts, read_questions, read_rules, review_bench, with_interval
+from .judge import Judge, RecordedJudge, bench_rows, read_answers, read_contexts, read_questions, read_rules, review_bench
 from .judge_models import EndpointJudge, LocalJudge
 from .learn import VARIANTS
 from .llava_training import PLAIN
@@ -33,6 +33,7 @@ from ..lab.images import read_image
 from ..lab.inputs import input_hash, input_path
 from ..lab.paths import root
 from ..lab.progress import Progress
+from ..lab.ratio import drawn_sums, with_interval
 from ..lab.record import Row
 from ..lab.run import Job, Outcome
 

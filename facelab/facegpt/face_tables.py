@@ -26,7 +26,6 @@ from .batches import tensor_pixels
 from .dataset import hq_photos
 from .describe import mentioned, say
 from .evaluate import face_scores, methods_figure, score_rows, view_faces
-from .judge import pooled_ratio
 from .key import REQUESTS as KEY_REQUESTS
 from .key import TEXT_REQUESTS_HELD_OUT as KEY_TEXT_REQUESTS
 from .key import fit_points, write_points
@@ -43,6 +42,7 @@ from .wordings import REQUESTS, TEXT_REQUESTS_HELD_OUT, fill
 from ..lab.errors import InputError
 from ..lab.inputs import input_hash, input_path
 from ..lab.paths import root
+from ..lab.ratio import pooled_ratio
 from ..lab.record import Row
 from ..lab.run import Job, Outcome
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['JUDGE_SYSTEM', 'RULE', 'PUBLISHED_RULE', 'RULES', 'NUMBER', 'CATEGORIES', 'read_jsonl', 'question_id',
            'BenchQuestion', 'read_questions', 'read_answers', 'write_answers', 'read_contexts', 'is_published',
-           'judge_prompt', 'read_rules', 'parse_review', 'drawn_sums', 'with_interval', 'pooled_ratio', 'Review',
-           'BenchScore', 'bench_scores', 'bench_rows', 'JudgePrompt', 'Reply', 'Judge', 'read_reviews', 'write_reviews',
-           'RecordedJudge', 'review_bench', 'order_lead', 'bench_gain']
+           'judge_prompt', 'read_rules', 'parse_review', 'Review', 'BenchScore', 'bench_scores', 'bench_rows',
+           'JudgePrompt', 'Reply', 'Judge', 'read_reviews', 'write_reviews', 'RecordedJudge', 'review_bench',
+           'order_lead', 'bench_gain']
 
 # %% ../../nbs/facegpt/70_judge.ipynb #imports
 import hashlib
@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from ..lab.errors import InputError, Skipped
 from ..lab.files import atomic_write, read_json, read_text
+from ..lab.ratio import drawn_sums, pooled_ratio, with_interval
 from ..lab.record import Row
 
 # %% ../../nbs/facegpt/70_judge.ipynb #read-jsonl
@@ -186,47 +187,6 @@ def parse_review(
         return one, two
     except ValueError:
         return -1.0, -1.0
-
-# %% ../../nbs/facegpt/70_judge.ipynb #drawn-sums
-def drawn_sums(
-    columns: Float[np.ndarray, "k n"],  # numbers of n items
-    groups=None,  # n labels (pictures): items with one label are drawn together
-    draws: int = 2000,  # resamples
-    seed: int = 0,  # of the resampling
-) -> Float[np.ndarray, "k d"]:  # first the sums of all items, then those of each resample
-    "Sums of each column over all items, and over bootstrap draws of groups."
-    count = columns.shape[1]
-    _, group = np.unique(np.arange(count) if groups is None else np.asarray(groups), return_inverse=True)
-    if len(group) != count:
-        raise InputError("groups", f"{len(group)} labels", f"{count}, one an item", "Give a label for every item.")
-    sums = np.stack([np.bincount(group, c) for c in columns])
-    rng, found, size = np.random.default_rng(seed), [sums.sum(1)[:, None]], sums.shape[1]
-    for k in range(0, draws, 100):  # in parts, so that thousands of pictures fit into memory
-        found.append(sums[:, rng.integers(size, size=(min(100, draws - k), size))].sum(2))
-    return np.concatenate(found, axis=1)
-
-
-def with_interval(
-    found: Float[np.ndarray, "d"],  # a statistic of all items, then of each draw; NaN where a draw has none
-) -> tuple[float, float, float]:  # the statistic and its 95 % interval
-    "The first number, with the percentiles of the others."
-    drawn = found[1:][np.isfinite(found[1:])]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (found[0], found[0])
-    return float(found[0]), float(low), float(high)
-
-
-def pooled_ratio(
-    top: Float[np.ndarray, "n"],  # the numbers summed above
-    bottom: Float[np.ndarray, "n"],  # and below
-    groups=None,  # n labels
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float] | None:  # sum(top) / sum(bottom) and its 95 % interval; None where the lower sum is zero
-    "A ratio of sums with its percentile bootstrap interval over groups."
-    if len(top) == 0 or bottom.sum() == 0:
-        return None
-    above, below = drawn_sums(np.stack([top, bottom]), groups, draws, seed)
-    return with_interval(np.divide(above, below, out=np.full(len(above), np.nan), where=below != 0))
 
 # %% ../../nbs/facegpt/70_judge.ipynb #review
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from .describe import read_facts
-from .judge import CATEGORIES, drawn_sums, pooled_ratio, with_interval
+from .judge import CATEGORIES
 from .schema import SCHEMA
 from .talk import COMPLEX, DETAIL, DETAIL_HELD_OUT, QUESTIONS, QUESTIONS_HELD_OUT
 from ..lab.errors import InputError
+from ..lab.ratio import drawn_sums, pooled_ratio, with_interval
 from ..lab.record import Row
 
 # %% ../../nbs/facegpt/72_schema_judge.ipynb #tally

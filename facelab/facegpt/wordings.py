@@ -41,6 +41,10 @@ REQUESTS_HELD_OUT = (
     "Can you show me the 3D head of this person?",
     "Fit the 3DMM to this face, please.",
     "What is the 3D shape of this person?",
+    "Please show me the mesh of this face.",
+    "Which 3D model does this photo give?",
+    "Can you give me this head in 3D?",
+    "Turn the face in this photo into a mesh.",
 )
 
 # %% ../../nbs/facegpt/33_wordings.ipynb #text-requests
@@ -64,6 +68,8 @@ TEXT_REQUESTS_HELD_OUT = (
     "Show me a 3D head like this: {description}.",
     "What are the 3DMM parameters of this face? {description}.",
     "Please give me a 3D mesh of this person: {description}.",
+    "{description}. Can you show me this person in 3D?",
+    "Make a 3D head of this: {description}.",
 )
 SEVERAL = ("Can you give the 3DMM parameters of both people.", "Reconstruct both faces in 3D.", "Make a 3D model of both people in this photo.")  # for a picture with two faces
 SEVERAL_HELD_OUT = ("Please give me both faces in 3D.", "What are the 3DMM parameters of both faces?")
@@ -121,8 +127,8 @@ QUESTIONS_HELD_OUT: dict[str, tuple[str, ...]] = {
 }
 
 # %% ../../nbs/facegpt/33_wordings.ipynb #detail
-DETAIL = ("Describe this photo in detail.", "Describe the face in this photo.", "What does the photo show?", "How does this person look?")
-DETAIL_HELD_OUT = ("Describe this person in detail.", "What does this face look like?")
+DETAIL = ("Describe this photo in detail.", "Describe the face in this photo.", "What does the photo show?", "How does this person look?", "Please describe this face.", "What can be seen in this photo?", "Describe what is seen here.", "How does the head in this photo look?", "Look at this photo. What does it show?")
+DETAIL_HELD_OUT = ("Describe this person in detail.", "What does this face look like?", "Describe the head in this photo, please.", "What is there in this photo?", "Look at this face and describe it.")
 
 # %% ../../nbs/facegpt/33_wordings.ipynb #hard
 HARD: tuple[tuple[tuple[str, ...], str], ...] = (  # (wordings, answer): text only
@@ -138,8 +144,9 @@ HARD: tuple[tuple[tuple[str, ...], str], ...] = (  # (wordings, answer): text on
 )
 HARD_IMAGE = (
     "Do not make a 3D face. {question}", "{question} Do not give parameters.", "No 3D model, please. {question}", "Look at this face. {question}", "{question} Please do not make a 3D model.", "I do not want a mesh. {question}", "{question} No parameters, please.", "I do not want the 3DMM parameters, only words. {question}", "{question} Only in words, not in 3D.",
+    "Not in 3D, please. {question}", "{question} I do not want a model of it.", "Please give no parameters, only words. {question}", "{question} Give no mesh.", "{question} Say it in words.", "No mesh, please. {question}", "{question} No 3D model, only words.", "Please do not turn it into 3D. {question}", "{question} Do not reconstruct the face.", "Do not show a 3D head. {question}", "{question} No model, please.",
 )
-HARD_IMAGE_HELD_OUT = ("Please do not give the 3DMM parameters. {question}", "{question} No 3D face, please.")
+HARD_IMAGE_HELD_OUT = ("Please do not give the 3DMM parameters. {question}", "{question} No 3D face, please.", "I want no 3D mesh. {question}", "{question} Please, no parameters of the face.", "Do not make a mesh of this head. {question}", "{question} Only words, please, and no 3D shape.")
 HARD_TEXT = ("{description}. {question}", "This is a text: {description}. {question}")  # an ordinary question about a description
 
 # %% ../../nbs/facegpt/33_wordings.ipynb #general-patterns
