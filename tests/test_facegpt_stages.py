@@ -128,7 +128,7 @@ def test_told_of_reads_every_template_and_nothing_else():
 def test_key_text_talks_have_the_same_descriptions(drawn):
     folder, _ = drawn
     photos, talks = training_set(folder / "faces", folder / "talks.json", 64, mirror=False)
-    made = key_text_talks(photos, talks, 0)
+    made = key_text_talks(photos, talks)
     told = [told_of(t.turns[0].text) for t in talks if t.kind == "text_to_face"]
     assert len(made) == len(told) > 5 and all(said in talk.turns[0].text for said, talk in zip(told, made))
 

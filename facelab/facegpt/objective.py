@@ -39,7 +39,7 @@ class Weights:
 
 
 PAPER = Weights()
-MINI = Weights(text=2.0, face=0.5, eq5=Objective(perceptual=0.0, landmark=5e-3, exp_weight=0.5, tex_weight=0.2, light_weight=0.1))  # ours, for 64 pixels
+MINI = Weights(text=2.0, face=1.5, eq5=Objective(photo=1.5, perceptual=0.0, landmark=5e-3, placed=0.05, regulariser=1.0, shape_weight=1.2, tex_weight=0.3, light_weight=0.1))  # ours, for 64 pixels
 
 # %% ../../nbs/facegpt/20_objective.ipynb #text-loss
 def text_loss(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ANSWER', 'ANSWER_TWO', 'REQUESTS', 'REQUESTS_HELD_OUT', 'TEXT_REQUESTS', 'TEXT_REQUESTS_HELD_OUT', 'SEVERAL',
            'SEVERAL_HELD_OUT', 'SEVERAL_TEXT', 'QUESTIONS', 'QUESTIONS_HELD_OUT', 'DETAIL', 'DETAIL_HELD_OUT', 'HARD',
-           'HARD_IMAGE', 'HARD_IMAGE_HELD_OUT', 'HARD_TEXT', 'NUMBERS', 'OPPOSITES', 'GENERAL', 'fill', 'patterns']
+           'REFUSED', 'REFUSALS', 'HARD_IMAGE', 'HARD_IMAGE_HELD_OUT', 'HARD_TEXT', 'NUMBERS', 'OPPOSITES', 'GENERAL',
+           'fill', 'patterns']
 
 # %% ../../nbs/facegpt/33_wordings.ipynb #imports
 from ..lab.errors import InputError
@@ -142,10 +143,14 @@ HARD: tuple[tuple[tuple[str, ...], str], ...] = (  # (wordings, answer): text on
     (("What does a person see in 3D with?", "With what do we see in 3D?"), "We see in 3D with two eyes."),
     (("Is a photo in 3D?", "Is this text in 3D?"), "No, it is not in 3D."),
 )
-HARD_IMAGE = (
-    "Do not make a 3D face. {question}", "{question} Do not give parameters.", "No 3D model, please. {question}", "Look at this face. {question}", "{question} Please do not make a 3D model.", "I do not want a mesh. {question}", "{question} No parameters, please.", "I do not want the 3DMM parameters, only words. {question}", "{question} Only in words, not in 3D.",
-    "Not in 3D, please. {question}", "{question} I do not want a model of it.", "Please give no parameters, only words. {question}", "{question} Give no mesh.", "{question} Say it in words.", "No mesh, please. {question}", "{question} No 3D model, only words.", "Please do not turn it into 3D. {question}", "{question} Do not reconstruct the face.", "Do not show a 3D head. {question}", "{question} No model, please.",
-)
+REFUSED = ("3D model", "mesh", "3D head", "3D shape", "model in 3D")
+REFUSALS = ("Do not make a {thing}.", "Please do not make a {thing}.", "I do not want a {thing}.", "No {thing}, please.", "No {thing}, only words.", "Please make no {thing}.", "I want words and no {thing}.", "Give no {thing}.", "Do not show a {thing}.")
+HARD_IMAGE = tuple(
+    form for refusal in REFUSALS for thing in REFUSED for form in (f"{refusal.format(thing=thing)} {{question}}", f"{{question}} {refusal.format(thing=thing)}")
+) + (
+    "Do not make a 3D face. {question}", "{question} Do not give parameters.", "Look at this face. {question}", "{question} No parameters, please.", "I do not want the 3DMM parameters, only words. {question}", "{question} Only in words, not in 3D.",
+    "Not in 3D, please. {question}", "{question} I do not want a model of it.", "Please give no parameters, only words. {question}", "{question} Say it in words.", "Please do not turn it into 3D. {question}", "{question} Do not reconstruct the face.",
+)  # fmt: skip
 HARD_IMAGE_HELD_OUT = ("Please do not give the 3DMM parameters. {question}", "{question} No 3D face, please.", "I want no 3D mesh. {question}", "{question} Please, no parameters of the face.", "Do not make a mesh of this head. {question}", "{question} Only words, please, and no 3D shape.")
 HARD_TEXT = ("{description}. {question}", "This is a text: {description}. {question}")  # an ordinary question about a description
 
