@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 
 from ..lab.errors import InputError, Skipped
 from ..lab.files import atomic_write, read_json, read_text
