@@ -75,21 +75,22 @@ TAR_FIX = "Fetch this shard again; the samples before the place are used."
 
 
 def member_problem(
+    path: Path,  # of the tar
     member: tarfile.TarInfo,
     limits: TarLimits,
 ) -> InputError | None:
     "What is wrong with a member, judged by its head."
-    name = printable(member.name)
+    what = f"{path}, {printable(member.name)[:80]}"
     if member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name) or re.match(r"[A-Za-z]:", member.name) or "\0" in member.name:
-        return because(UnsafeFileError(name[:80], "a name that leaves its folder", "names such as 000000012.jpg", "It was not read."), "name that leaves the folder")
+        return because(UnsafeFileError(what, "a name that leaves its folder", "names such as 000000012.jpg", "It was not read."), "name that leaves the folder")
     if not member.isreg() or member.issparse():
-        return because(UnsafeFileError(name[:80], "a link, a device or a file with holes", "plain files", "It was not read."), "no plain file")
+        return because(UnsafeFileError(what, "a link, a device or a file with holes", "plain files", "It was not read."), "no plain file")
     kind = KINDS.get(member.name.rpartition("/")[2].partition(".")[2].lower(), "")
     most = {"picture": limits.picture_bytes, "text": limits.text_bytes, "facts": limits.facts_bytes}.get(kind, member.size)
     if member.size > most:
-        return because(UnsafeFileError(name[:80], f"{member.size:,} bytes", f"{most:,} at most", "Raise TarLimits if it is truly that large."), f"{kind} too large")
+        return because(UnsafeFileError(what, f"{member.size:,} bytes", f"{most:,} at most", "Raise TarLimits if it is truly that large."), f"{kind} too large")
     if kind == "picture" and member.size == 0:
-        return because(InputError(name[:80], "a picture of 0 bytes", "a picture", "The fetch failed: leave it out."), "picture empty")
+        return because(InputError(what, "a picture of 0 bytes", "a picture", "The fetch failed: leave it out."), "picture empty")
     return None
 
 
@@ -107,7 +108,7 @@ def tar_members(
                     continue
                 place, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
-                problem = member_problem(member, limits)
+                problem = member_problem(path, member, limits)
                 key = "" if problem is not None and problem.reason in ("name that leaves the folder", "no plain file") else f"{place}/{stem}".lstrip("/.")
                 yield key, KINDS.get(suffix.lower(), ""), problem or take(tar, member)
             end = tar.offset
@@ -167,15 +168,14 @@ def tar_samples(
     "The good samples of a tar."
     seen: set[str] = set()
     for key, parts, error in member_groups(tar_members(path, limits, take, stream)):
-        what = f"{shard_name(path)}/{key}" if key else shard_name(path)
-        error = error or group_problem(what, parts, key in seen)
+        error = error or group_problem(f"{path}, {key}", parts, key in seen)
         seen.add(key)
         if error is None:
             yield key, parts
         elif left_out is None:
             raise error
         else:
-            left_out.add(what, error)
+            left_out.add(f"{shard_name(path)}/{key}" if key else shard_name(path), error)
 
 
 def shard_name(path: Path) -> str:  # 'split_00000/00000.tar'; '00000.tar' where the folder is no split
@@ -186,17 +186,17 @@ def shard_name(path: Path) -> str:  # 'split_00000/00000.tar'; '00000.tar' where
 def as_item(
     key: str,
     parts: dict[str, bytes],
-    shard: str,
+    path: Path,  # of the tar
     limits: TarLimits,
 ) -> LaionItem:
     "A sample's bytes as an item. Raises `InputError` where the caption is no text or says nothing."
     try:
         caption = parts["text"].decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise because(InputError(f"{shard}/{key}", "a caption that is not UTF-8", "text", "Leave it out."), "text damaged") from None
+        raise because(InputError(f"{path}, {key}", "a caption that is not UTF-8", "text", "Leave it out."), "text damaged") from None
     if not caption or "\0" in caption:
-        raise because(InputError(f"{shard}/{key}", "a caption of no words" if not caption else "a caption with zero bytes", "text", "img2dataset writes an empty file where a picture had no caption."), "text empty" if not caption else "text damaged")
-    return LaionItem(key, shard, parts["picture"], caption, parts.get("facts") or b"", limits)
+        raise because(InputError(f"{path}, {key}", "a caption of no words" if not caption else "a caption with zero bytes", "text", "img2dataset writes an empty file where a picture had no caption."), "text empty" if not caption else "text damaged")
+    return LaionItem(key, shard_name(path), parts["picture"], caption, parts.get("facts") or b"", limits)
 
 
 def read_shard(
@@ -208,7 +208,7 @@ def read_shard(
     path = check_file(path, "a tar of LAION-Face (img2dataset's webdataset format)")
     for key, parts in tar_samples(path, limits, left_out, lambda tar, member: tar.extractfile(member).read(), stream=True):
         try:
-            yield as_item(key, parts, shard_name(path), limits)
+            yield as_item(key, parts, path, limits)
         except InputError as error:
             if left_out is None:
                 raise
@@ -282,7 +282,7 @@ class LaionFace:
                             raise because(InputError(self.name_of(at), f"{len(parts[kind]):,} of {size:,} bytes", "the whole member", TAR_FIX), "tar broken off")
         except OSError as error:
             raise InputError(self.shards[shard], f"it cannot be read any more ({error.strerror})", "the tar that was indexed", "Was it moved?") from None
-        return as_item(key, parts, shard_name(self.shards[shard]), self.limits)
+        return as_item(key, parts, self.shards[shard], self.limits)
 
     def name_of(self, at: int) -> str:
         shard, key = self.names[at]

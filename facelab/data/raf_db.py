@@ -32,10 +32,11 @@ RAF_NAME = re.compile(r"(train|test)_\d{1,7}(_aligned)?\.(jpg|jpeg|png)", re.IGN
 
 def plain_raf_name(
     name: str,  # 'train_00001_aligned.jpg', 'train_00001.jpg'
+    what: object = "RAF-DB",  # for the message
 ) -> str:  # 'train_00001'
     "What a picture is called without folder, suffix and `_aligned`. Raises `InputError` for another kind of name."
     if not RAF_NAME.fullmatch(name):
-        raise because(InputError("RAF-DB", f"the name {name[:40]!r}", "train_00001.jpg or test_0001.jpg, with or without _aligned", "Take the list as its authors ship it."), "list row damaged")
+        raise because(InputError(what, f"the name {name[:40]!r}", "train_00001.jpg or test_0001.jpg, with or without _aligned", "Take the list as its authors ship it."), "list row damaged")
     return Path(name).stem.removesuffix("_aligned").lower()
 
 # %% ../../nbs/data/86_raf_db.ipynb #label
@@ -68,7 +69,7 @@ def read_raf_list(
         try:
             if len(row) != 2:
                 raise because(InputError(path, f"row {at + 1}: {' '.join(row)[:40]!r}", "a name and a label", "Take the list as its authors ship it."), "list row damaged")
-            name, label = plain_raf_name(row[0].strip()), raf_label(row[1], f"{path} row {at + 1}, {row[0][:40]}")
+            name, label = plain_raf_name(row[0].strip(), f"{path} row {at + 1}"), raf_label(row[1], f"{path} row {at + 1}, {row[0][:40]}")
             if name in found:
                 raise because(InputError(path, f"row {at + 1}: {name} stands twice", "one row a picture", "Take the list as its authors ship it."), "list row damaged")
             found[name] = label
