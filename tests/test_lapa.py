@@ -67,7 +67,7 @@ def test_the_points_of_a_frontal_head_are_mirrored_and_in_order():
     assert all(y[up] > y[low] + 1.5 for up, low in ((34, 41), (35, 40), (36, 39), (37, 38), (42, 50), (43, 49), (44, 48), (45, 47)))  # brows
     assert (np.diff(y[51:55]) < 0).all() and x[55] < x[60] < x[65] and y[55] > y[56] > y[57] and x[56] < x[57] < x[58] < x[59] < 0  # nose
     assert all(y[a] > y[74] > y[b] for a, b in ((67, 73), (68, 72), (69, 71))) and x[66] < x[67] < x[68] < x[69] < x[70]  # lids
-    assert y[87] > y[98] >= y[102] > y[93]  # lips
+    assert y[87] > y[98] > y[102] - 1 > y[93]  # closed lips overlap a little
 
 
 def test_pupils_follow_the_gaze_to_the_dark_of_the_eye():
