@@ -200,7 +200,7 @@ def test_facts_that_are_no_object():
     item = LaionItem("k", "s", b"", "c", b"[1]")
     assert item.facts == {} and item.name == "s/k"
     with pytest.raises(InputError):
-        LaionItem("k", "s", b"", "c", b"[" * 100_000).facts
+        assert LaionItem("k", "s", b"", "c", b"[" * 100_000).facts
 
 
 def test_stats_that_are_none(whole, tmp_path):

@@ -17,7 +17,7 @@ from jaxtyping import Bool, UInt8
 
 from .celeba import SPLITS
 from .celeba_hq import CelebAHQ, number_of, read_celeba_hq, write_celeba_hq
-from .label_sets import CELEBAMASK_ORDERS, CELEBAMASK_PARTS, LabelSet, celebamask_set, check_labels, remap
+from .label_sets import CELEBAMASK_PARTS, LabelSet, celebamask_set, check_labels, remap
 from .reading import FolderReport, Tally, because, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.images import read_image, resize, write_image

@@ -64,7 +64,7 @@ def places106() -> tuple[Place, ...]:  # 104: all but the pupils
         middle = mean[rig.landmarks[[16 - k, 15 - k]]].mean(0)
         near = int(skin[((mean[skin] - middle) ** 2).sum(1).argmin()])
         out[31 - 2 * k], out[1 + 2 * k] = ((near,), (1.0,)), ((int(head["mirror"][near]),), (1.0,))
-    for side, first in ((-1.0, 33), (1.0, 46)):  # outer ends; upper and lower edges at iBUG's other four, outermost first
+    for side in (-1.0, 1.0):  # outer ends; upper and lower edges at iBUG's other four, outermost first
         edges = [[on_surface(mean, skin_faces, side * x, brow_curve(np.array(x))[0] + up * brow_curve(np.array(x))[1]) for x in BROW_X[1:]] for up in (1, -1)]
         if side < 0:
             out[33:42] = [ibug[17], *edges[0], *edges[1][::-1]]
