@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from facelab.data.laion_face import PARTS_20M, LaionItem, TarLimits, check_laion_face, find_shards, read_laion_face, read_shard, read_stats, write_laion_face
-from facelab.data.reading import Tally
+from facelab.data.reading import LeftOut
 from facelab.data.shard_stream import ShardStream, shards_of
 from facelab.data.world import generate
 from facelab.lab.batches import Share
@@ -144,7 +144,7 @@ def test_damage_is_counted_by_reason_and_the_rest_is_used(tmp_path, what):
     tar_of(tmp_path / "split_00000" / "00000.tar", *pair("a"), *pair("c"), *DAMAGE[what], *pair("d"))
     report = check_laion_face(tmp_path, limits=TarLimits(pixels=1000, picture_bytes=30_000), every=1e9)
     assert report.left_out.reasons == {what.strip(): 1} and report.used == 3 and report.found == 4
-    tally = Tally()
+    tally = LeftOut()
     keys = [i.key for i in read_shard(tmp_path / "split_00000" / "00000.tar", tally, TarLimits(picture_bytes=30_000))]
     assert keys[:2] == ["a", "c"] and keys[-1] == "d"
 
@@ -157,7 +157,7 @@ def test_a_tar_may_break_off_anywhere(tmp_path):
     for cut in range(1, size + 600, 97):
         (tmp_path / "a.tar").write_bytes(data[:cut])
         for stream in (True, False):
-            tally = Tally()
+            tally = LeftOut()
             found = list(read_shard(tmp_path / "a.tar", tally)) if stream else list(read_laion_face_of(tmp_path / "a.tar", tally))
             assert [i.key for i in found] == [str(k) for k in range(len(found))] and all(len(i.jpeg) == 3000 and i.caption == "a face" for i in found)
             lost[stream] += 4 - len(found)
@@ -177,7 +177,7 @@ def test_a_cut_that_tarfile_does_not_notice(tmp_path):
     data = tar_of(tmp_path / "a.tar", *pair("0", bytes(400)), *pair("1", bytes(400))).read_bytes()
     for wrong in (data[: 2 * 3 * 1024], data[: 3 * 1024], data[: 3 * 1024 + 7] + b"!!" + data[3 * 1024 + 9 :]):
         (tmp_path / "a.tar").write_bytes(wrong)
-        tally = Tally()
+        tally = LeftOut()
         assert 1 <= len(list(read_shard(tmp_path / "a.tar", tally))) <= 2 and tally.reasons["tar broken off"] == 1
 
 

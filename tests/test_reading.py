@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from facelab.data.reading import FolderReport, Tally, because, folder_of, noted, reading_part, reason_of, subset_rows, walk
+from facelab.data.reading import FolderReport, LeftOut, because, folder_of, noted, reading_part, reason_of, subset_rows, walk
 from facelab.lab.errors import InputError, Skipped, UnsafeFileError
 from facelab.lab.files import read_text
 
@@ -35,12 +35,12 @@ def test_the_inner_part_names_the_reason():
 
 
 def test_a_tally_counts_all_and_keeps_few():
-    tally = Tally(keep=3)
+    tally = LeftOut(keep=3)
     for k in range(1000):
         tally.add(k, because(wrong(), "a" if k % 10 else "b"))
     assert isinstance(tally, Skipped) and len(tally) == 1000 and len(tally.items) == 6 and tally.reasons == {"a": 900, "b": 100}
     assert tally.report(5000).splitlines() == ["1,000 of 5,000 items left out:", "  900 a", "  100 b"]
-    other = Tally()
+    other = LeftOut()
     other.add("x", wrong())
     tally.merge(other)
     assert len(tally) == 1001 and tally.reasons["item damaged"] == 1
@@ -61,13 +61,13 @@ class Numbers:
 
 
 def test_a_walk_reads_every_item_once():
-    before = Tally()
+    before = LeftOut()
     before.add("row", because(wrong(), "list row damaged"))
     report = walk("numbers", "somewhere", Numbers(), before, lambda n: [("even", n % 2 == 0)], every=1e9)
     assert (report.found, report.used) == (7, 5) and report.counts["even"] == {True: 2, False: 3} and report.left_out.items[-1][0] == "n4" and not report.whole
-    assert walk("numbers", "somewhere", Numbers(), Tally(), lambda n: [], found=9, every=1e9).found == 9
+    assert walk("numbers", "somewhere", Numbers(), LeftOut(), lambda n: [], found=9, every=1e9).found == 9
     assert str(report).splitlines()[:3] == ["numbers: 5 of 7 items can be used", "  1 item damaged", "  1 list row damaged"]
-    assert FolderReport("x", "y", 2, 2, Tally()).whole and not FolderReport("x", "y", 2, 2, Tally(), notes=["odd"]).whole
+    assert FolderReport("x", "y", 2, 2, LeftOut()).whole and not FolderReport("x", "y", 2, 2, LeftOut(), notes=["odd"]).whole
 
 
 def test_other_errors_are_ours_and_stop_a_walk():
@@ -76,7 +76,7 @@ def test_other_errors_are_ours_and_stop_a_walk():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        walk("x", "y", Broken(), Tally(), lambda n: [], every=1e9)
+        walk("x", "y", Broken(), LeftOut(), lambda n: [], every=1e9)
 
 
 @pytest.mark.parametrize(("count", "share", "size"), [(162_770, 0.01, 1627), (162_770, 0.1, 16277), (162_770, 1.0, 162_770), (12_271, 0.2, 2454), (12_271, 0.5, 6135), (12_271, 1, 12_271), (100, 0.29, 29), (1000, 0.57, 570), (3, 1 / 3, 0)])

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .attributes import ATTRIBUTES
-from .reading import FolderReport, Tally, because, noted, reading_part, subset_rows, walk
+from .reading import FolderReport, LeftOut, because, noted, reading_part, subset_rows, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text, safe_join
 from ..lab.images import read_image
@@ -261,7 +261,7 @@ def check_celeba(
     every: float = 5.0,  # seconds between progress lines
 ) -> FolderReport:
     "Read every list and every picture of a CelebA folder."
-    left_out = Tally()
+    left_out = LeftOut()
     data = read_celeba(root, left_out)
     listed = read_list(Path(root), ATTR, True)[1]
     lacks = [name for name, there in (("identities", data.identity.any()), ("split", (data.partition >= 0).any()), ("five points", data.points is not None), ("boxes", data.boxes is not None)) if not there]

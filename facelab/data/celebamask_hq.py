@@ -18,7 +18,7 @@ from jaxtyping import Bool, UInt8
 from .celeba import SPLITS
 from .celeba_hq import CelebAHQ, number_of, read_celeba_hq, write_celeba_hq
 from .label_sets import CELEBAMASK_PARTS, LabelSet, celebamask_set, check_labels, remap
-from .reading import FolderReport, Tally, because, noted, reading_part, walk
+from .reading import FolderReport, LeftOut, because, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.images import read_image, resize, write_image
 
@@ -150,7 +150,7 @@ def check_celebamask_hq(
     every: float = 5.0,  # seconds between progress lines
 ) -> FolderReport:
     "Read every picture and mask of a CelebAMask-HQ folder."
-    left_out = Tally()
+    left_out = LeftOut()
     data = read_celebamask_hq(root, order, celeba, left_out)
     numbers = {int(number_of(name)) for name in data.pictures.names}
     files = [p for p in (data.pictures.root / MASKS).rglob("*.png")]

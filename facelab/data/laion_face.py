@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .reading import FolderReport, Tally, because, noted, reading_part, walk
+from .reading import FolderReport, LeftOut, because, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped, UnsafeFileError, printable
 from ..lab.files import atomic_write, check_file, read_json
 from ..lab.images import read_image
@@ -327,7 +327,7 @@ def check_laion_face(
     every: float = 5.0,  # seconds between progress lines
 ) -> FolderReport:
     "Read and decode every sample of a LAION-Face folder."
-    left_out = Tally()
+    left_out = LeftOut()
     data, said = read_laion_face(root, parts, left_out, limits), read_stats(root, parts)
 
     def count(item: LaionItem):

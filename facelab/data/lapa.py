@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from .label_sets import check_labels, class_names
 from .points106 import points106
-from .reading import FolderReport, Tally, because, folder_of, noted, reading_part, walk
+from .reading import FolderReport, LeftOut, because, folder_of, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text
 from ..lab.images import read_image, write_image
@@ -171,7 +171,7 @@ def check_lapa(
     every: float = 5.0,  # seconds between progress lines
 ) -> FolderReport:
     "Read every picture, label map and points' file of a LaPa folder."
-    left_out, outside = Tally(), []
+    left_out, outside = LeftOut(), []
     data = read_lapa(root, "all", left_out, base)
 
     def count(item: LapaItem):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .reading import FolderReport, Tally, because, folder_of, noted, reading_part, subset_rows, walk
+from .reading import FolderReport, LeftOut, because, folder_of, noted, reading_part, subset_rows, walk
 from .scene import EXPRESSIONS
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text, safe_join
@@ -208,7 +208,7 @@ def check_raf_db(
     every: float = 5.0,  # seconds between progress lines
 ) -> FolderReport:
     "Read the list and every picture of a RAF-DB folder."
-    left_out = Tally()
+    left_out = LeftOut()
     data = read_raf_db(root, images, left_out)
     notes = []
     for split, published in RAF_COUNTS.items():

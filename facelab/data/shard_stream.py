@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from .laion_face import read_shard
-from .reading import Tally
+from .reading import LeftOut
 from ..lab.batches import Share, end_with_parent, epoch_order, seed_generators, seed_of
 from ..lab.errors import InputError, Skipped
 from ..lab.files import check_file
@@ -48,7 +48,7 @@ class Lane:
     "One line of samples, batch after batch."
 
     def __init__(self, source: "ShardStream", share: Share, number: int, place: Sequence[int] = START):
-        self.source, self.share, self.number, self.place, self.left_out = source, share, number, tuple(place), Tally()
+        self.source, self.share, self.number, self.place, self.left_out = source, share, number, tuple(place), LeftOut()
 
     def samples(self, epoch: int, shard: int, sample: int) -> Iterator[tuple[Any, int, int]]:  # a sample, and the place after it
         "The good samples of an epoch from this place on, in the order of the disk."
@@ -142,16 +142,16 @@ class ShardStream:
     processes: bool = False  # each lane in a process of its own; no part of the order
     shuffle: bool = True
     start_method: str | None = None  # of the processes: fork, spawn or forkserver; None for the system's
-    tallies: dict[int, Tally] = field(default_factory=dict, init=False, repr=False)
+    tallies: dict[int, LeftOut] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if not self.shards or self.buffer < 1 or self.lanes < 1:
             raise InputError("ShardStream", f"{len(self.shards)} shards, buffer {self.buffer}, {self.lanes} lanes", "one or more of each", "Correct the call.")
 
     @property
-    def left_out(self) -> Tally:
+    def left_out(self) -> LeftOut:
         "What was left out so far by this process; samples that were read again after a resume are counted again."
-        total = Tally()
+        total = LeftOut()
         for tally in self.tallies.values():
             total.merge(tally)
         return total
@@ -187,7 +187,7 @@ def batches(
         if isinstance(batch, InputError):
             raise batch
         if reasons is not None:
-            tally = self.tallies[number] = Tally()
+            tally = self.tallies[number] = LeftOut()
             tally.items = items
             tally.reasons.update(reasons)
         places[number] = tuple(place)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .reading import FolderReport, Tally, because, folder_of, noted, reading_part, walk
+from .reading import FolderReport, LeftOut, because, folder_of, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text
 from ..lab.images import read_image
@@ -145,7 +145,7 @@ def check_w300(
     every: float = 5.0,  # seconds between progress lines
 ) -> FolderReport:
     "Read every picture and every `.pts` of a 300-W folder."
-    root, left_out = Path(root), Tally()
+    root, left_out = Path(root), LeftOut()
     data = read_w300(root, "all", left_out)
     have = {part: sum(p.suffix.lower() == ".pts" for p in folder.iterdir()) for part in PUBLISHED if (folder := folder_of(root, part)) is not None}
     notes = [f"no folder {part}" for part in PUBLISHED if part not in have]
