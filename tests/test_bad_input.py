@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import struct
+import tarfile
 import threading
 import warnings
 import zipfile
@@ -27,6 +28,10 @@ import scipy.io
 import torch
 from PIL import Image
 
+from facelab.data.celeba_hq import read_mapping
+from facelab.data.laion_face import TarLimits, read_shard
+from facelab.data.lapa import read_lapa_labels, read_lapa_points, write_lapa_points
+from facelab.data.raf_db import read_raf_list
 from facelab.data.w300 import read_pts, write_pts
 from facelab.face.export import read_mesh
 from facelab.lab.arrays import read_h5, read_mat, read_npz, read_safetensors, require, safetensors_metadata, write_safetensors
@@ -106,6 +111,51 @@ def good_pts(path):
     write_pts(path, np.random.default_rng(0).uniform(0, 90, (68, 2)))
 
 
+def good_lapa_points(path):
+    write_lapa_points(path, np.random.default_rng(0).uniform(0, 90, (106, 2)))
+
+
+def good_lapa_labels(path):
+    write_image(path, np.random.default_rng(0).integers(0, 11, (24, 24), np.uint8))
+
+
+def good_raf_list(path):
+    path.write_text("".join(f"train_{i:05d}.jpg {i % 7 + 1}\n" for i in range(1, 40)))
+
+
+def good_raf_csv(path):
+    path.write_text("image,label\n" + "".join(f"test_{i:04d}_aligned.jpg,{i % 7 + 1}\n" for i in range(1, 40)))
+
+
+def good_mapping(path):
+    path.write_text("idx orig_idx orig_file\n" + "".join(f"{i} {i * 7} {i * 7 + 1:06d}.jpg\n" for i in range(40)))
+
+
+def tar_with(*members, kind=tarfile.USTAR_FORMAT, cut=0):
+    "A tar of (name, bytes), or of TarInfos for what has no bytes; without its last `cut` bytes."
+
+    def make(path):
+        held = io.BytesIO()
+        with tarfile.open(fileobj=held, mode="w", format=kind) as file:
+            for member in members:
+                info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member[0])
+                data = b"" if info is member else member[1]
+                info.size = info.size or len(data)
+                file.addfile(info, io.BytesIO(data))
+        path.write_bytes(held.getvalue()[: len(held.getvalue()) - cut])
+
+    return make
+
+
+def linked(name):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return info
+
+
+good_tar = tar_with(*((f"00000000{k}.{s}", d) for k in range(3) for s, d in (("jpg", b"\xff\xd8" + bytes(4998)), ("json", b"{}"), ("txt", b"a face"))))
+
+
 def good_record(path):
     write_json(path, record_with())
 
@@ -133,6 +183,12 @@ READERS = {  # name -> (reader, suffix, writes a good file, can a file cut in th
     "obj": (read_mesh, ".obj", good_obj, False),
     "pts": (read_pts, ".pts", good_pts, True),
     "record": (load_record, ".json", good_record, True),
+    "lapa points": (read_lapa_points, ".txt", good_lapa_points, True),
+    "lapa labels": (read_lapa_labels, ".png", good_lapa_labels, True),
+    "raf list": (read_raf_list, ".txt", good_raf_list, False),
+    "raf csv": (read_raf_list, ".csv", good_raf_csv, False),
+    "hq mapping": (read_mapping, ".txt", good_mapping, False),
+    "laion tar": (lambda path: list(read_shard(path)), ".tar", good_tar, True),
 }
 
 
@@ -410,6 +466,44 @@ ROWS = [
     Row("pts", "a word of 100,000 letters", read_pts, points(["1 2"] * 67 + ["1 " + "x" * 100_000])),
     Row("pts", "text after the brace", read_pts, points(["1 2"] * 68, brace="}\nversion: 2")),
     Row("pts", "two megabytes", read_pts, points(["1 2"] * 500_000), UNSAFE),
+    Row("lapa points", "105 points", read_lapa_points, write("a.txt", "105\n" + "1 2\n" * 105)),
+    Row("lapa points", "106 promised, 100 there", read_lapa_points, write("a.txt", "106\n" + "1 2\n" * 100)),
+    Row("lapa points", "NaN", read_lapa_points, write("a.txt", "106\n" + "1 2\n" * 105 + "nan 2\n")),
+    Row("lapa points", "infinity", read_lapa_points, write("a.txt", "106\n" + "1 2\n" * 105 + "1e99 inf\n")),
+    Row("lapa points", "three numbers in each row", read_lapa_points, write("a.txt", "106\n" + "1 2 3\n" * 106)),
+    Row("lapa points", "a count of 5,000 digits", read_lapa_points, write("a.txt", "9" * 5_000 + "\n1 2\n")),
+    Row("lapa points", "a number of 100,000 digits", read_lapa_points, write("a.txt", "106\n" + "1 2\n" * 105 + "1 " + "1" * 100_000)),
+    Row("lapa points", "two megabytes", read_lapa_points, write("a.txt", "106\n" + "1 2\n" * 500_000), UNSAFE),
+    Row("lapa labels", "class 11", read_lapa_labels, picture("a.png", lambda: Image.fromarray(np.full((4, 4), 11, np.uint8)))),
+    Row("lapa labels", "nothing but background", read_lapa_labels, picture("a.png", lambda: Image.new("L", (4, 4)))),
+    Row("lapa labels", "a coloured view", read_lapa_labels, picture("a.png", lambda: Image.new("RGB", (4, 4)))),
+    Row("lapa labels", "another size than its picture", lambda path: read_lapa_labels(path, (8, 8)), picture("a.png", lambda: Image.fromarray(np.ones((4, 4), np.uint8)))),
+    # lists
+    Row("raf list", "label 8", read_raf_list, write("a.txt", "train_00001.jpg 8\n")),
+    Row("raf list", "label 0", read_raf_list, write("a.txt", "train_00001.jpg 0\n")),
+    Row("raf list", "a word for a label", read_raf_list, write("a.txt", "train_00001.jpg happy\n")),
+    Row("raf list", "a label of 5,000 digits", read_raf_list, write("a.txt", "train_00001.jpg " + "1" * 5_000)),
+    Row("raf list", "a name that climbs out", read_raf_list, write("a.txt", "../../train_00001.jpg 3\n")),
+    Row("raf list", "one name twice", read_raf_list, write("a.txt", "train_00001.jpg 3\ntrain_00001_aligned.jpg 4\n")),
+    Row("raf csv", "other columns", read_raf_list, write("a.csv", "name,emotion\ntrain_00001.jpg,3\n")),
+    Row("raf csv", "a third column", read_raf_list, write("a.csv", "image,label\ntrain_00001.jpg,3,4\n")),
+    Row("hq mapping", "a name that climbs out", read_mapping, write("a.txt", "0 1 ../x.jpg\n")),
+    Row("hq mapping", "one number twice", read_mapping, write("a.txt", "0 1 000002.jpg\n0 2 000003.jpg\n")),
+    # tars
+    Row("laion tar", "a picture of 0 bytes", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("1.jpg", b""), ("1.txt", b"a")))),
+    Row("laion tar", "no caption", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("1.jpg", b"x"), ("2.jpg", b"x"), ("2.txt", b"a")))),
+    Row("laion tar", "an empty caption", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("1.jpg", b"x"), ("1.txt", b" ")))),
+    Row("laion tar", "a caption in Latin-1", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("1.jpg", b"x"), ("1.txt", b"caf\xe9")))),
+    Row("laion tar", "a web page for a picture", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("1.html", b"x"), ("1.txt", b"404")))),
+    Row("laion tar", "a name that climbs out", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("../../1.jpg", b"x"))), UNSAFE),
+    Row("laion tar", "a name from the root", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("/etc/1.jpg", b"x"))), UNSAFE),
+    Row("laion tar", "a link", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(linked("1.jpg"))), UNSAFE),
+    Row("laion tar", "a picture over the limit", lambda path: list(read_shard(path, limits=TarLimits(picture_bytes=10))), arrays("a.tar", tar_with(("1.jpg", b"x" * 11), ("1.txt", b"a"))), UNSAFE),
+    Row("laion tar", "a caption of a megabyte", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("1.jpg", b"x"), ("1.txt", b"x" * 10**6))), UNSAFE),
+    Row("laion tar", "one key twice", lambda path: list(read_shard(path)), arrays("a.tar", tar_with(("1.jpg", b"x"), ("1.txt", b"a"), ("2.jpg", b"x"), ("2.txt", b"a"), ("1.jpg", b"x"), ("1.txt", b"a")))),
+    Row("laion tar", "cut between two members", lambda path: list(read_shard(path)), arrays("a.tar", lambda path: (tar_with(("1.jpg", b"x"), ("1.txt", b"a"))(path), path.write_bytes(path.read_bytes()[:2048])))),
+    Row("laion tar", "a damaged head in the middle", lambda path: list(read_shard(path)), arrays("a.tar", lambda path: (tar_with(("1.jpg", b"x"), ("1.txt", b"a"), ("2.jpg", b"x"), ("2.txt", b"b"))(path), path.write_bytes(path.read_bytes()[:2060] + b"!!!" + path.read_bytes()[2063:])))),
+    Row("laion tar", "a gzip file", lambda path: list(read_shard(path)), write("a.tar", zlib.compress(bytes(10**5)))),
     # pictures
     Row("image", "20,000 x 20,000", read_image, write("a.png", png_of(20_000, 20_000)), UNSAFE),
     Row("image", "9,000 x 9,000", read_image, write("a.png", png_of(9_000, 9_000)), UNSAFE),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from facelab.data.attributes import ATTRIBUTES
-from facelab.data.celeba import POINTS, SPLITS, celeba_points, face_box, read_celeba, write_celeba
+from facelab.data.celeba import POINTS, SPLITS, celeba_points, check_celeba, face_box, read_celeba, write_celeba
 from facelab.data.world import generate
 from facelab.lab.errors import AssetError, InputError, Skipped, UnsafeFileError
 
@@ -154,6 +154,65 @@ def test_pictures_that_are_missing_or_damaged_are_counted(root):
     assert [name for name, _ in skipped.items] == ["000002.jpg", "000005.jpg", "000009.jpg"]
     with pytest.raises(InputError):
         list(data.items())
+
+
+def heads(root, stem, change):
+    path = root / f"{stem}.csv"
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(change(first.strip()) + "\n" + rest)
+
+
+OTHER = {
+    "list_eval_partition": lambda head: "image_id,split",
+    "identity_CelebA": lambda head: "image_id,partition",
+    "list_bbox_celeba": lambda head: "image_id,x_1,y_1,height,width",
+    "list_landmarks_align_celeba": lambda head: head.replace("lefteye_x,lefteye_y,righteye_x,righteye_y", "righteye_x,righteye_y,lefteye_x,lefteye_y"),
+    "list_attr_celeba": lambda head: head.replace("Male", "Man"),
+}
+
+
+@pytest.mark.parametrize("stem", OTHER)
+def test_lists_of_kaggle_with_other_columns_are_refused(root, stem):
+    as_csv(root)
+    read_celeba(root)
+    heads(root, stem, OTHER[stem])
+    with pytest.raises(InputError, match=stem):
+        read_celeba(root)
+
+
+def test_lists_of_kaggle_may_lack_rows_and_have_a_mark_at_their_head(root):
+    as_csv(root)
+    path = root / "list_eval_partition.csv"
+    lines = path.read_text().split("\n")
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines[:4] + lines[5:]).encode())
+    with pytest.raises(InputError, match="000004.jpg"):
+        read_celeba(root)
+    skipped = Skipped()
+    assert len(read_celeba(root, skipped)) == 11 and len(skipped) == 1
+
+
+def test_shares_are_of_the_published_sizes(root):
+    data = read_celeba(root)
+    full = data.keep(np.zeros(162_770, int))
+    assert [len(full.subset(share)) for share in (0.01, 0.1, 1)] == [1627, 16_277, 162_770]
+    assert len(data.subset(0.5, seed=2)) == 6 and set(data.subset(0.2, 5).names) <= set(data.subset(0.5, 5).names) and data.subset(0.5, 5).names != data.subset(0.5, 6).names
+    part = data.subset(0.5, seed=2)
+    assert np.array_equal(part[1].attributes, data[data.names.index(part.names[1])].attributes)
+
+
+def test_a_whole_folder_is_checked(root):
+    assert check_celeba(root, every=1e9).whole
+    pictures = root / "img_align_celeba"
+    (pictures / "000002.jpg").unlink()
+    (pictures / "000005.jpg").write_bytes(b"")
+    (pictures / "000013.jpg").write_bytes((pictures / "000001.jpg").read_bytes())
+    edit(root / "list_eval_partition.txt", lambda x: x.pop(2))
+    edit(root / "list_attr_celeba.txt", lambda x: x.__setitem__(10, x[10].rsplit(" ", 1)[0]))
+    (root / "identity_CelebA.txt").unlink()
+    report = check_celeba(root, every=1e9)
+    assert report.left_out.reasons == {"picture missing": 1, "picture empty": 1, "list row missing": 1, "list row damaged": 1} and (report.found, report.used) == (12, 8)
+    assert sum(report.counts["split"].values()) == 8 and report.counts["size"] == {"48x48": 8}
+    assert "no list of identities" in report.notes and any(n.startswith("pictures in no list: 1, such as 000013") for n in report.notes)
 
 
 def test_no_folder_and_no_list_say_where_to_get_celeba(root, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from facelab.data.w300 import read_pts, read_w300, stem_of, write_pts, write_w300
+from facelab.data.w300 import PUBLISHED, SETS, check_w300, read_pts, read_w300, stem_of, write_pts, write_w300
 from facelab.data.world import generate
 from facelab.lab.errors import AssetError, InputError, Skipped
 
@@ -85,6 +85,58 @@ def test_damage_is_told_or_counted(root):
     assert [i.name for i in data.items(skipped)] == ["lfpw/trainset/image_000001"] and len(skipped) == 3
     with pytest.raises(InputError):
         list(data.items())
+
+
+def challenging(root):
+    "A pair of iBUG under the name that the real set has."
+    first = root / "helen" / "testset" / "image_000001"
+    (root / "ibug").mkdir(exist_ok=True)
+    for suffix in (".jpg", ".pts"):
+        shutil.copy(first.with_suffix(suffix), root / "ibug" / f"image_900{suffix}")
+    return root / "ibug" / "image_900"
+
+
+@pytest.mark.parametrize(("picture", "points"), [("image_092 _01.jpg", "image_092 _01.pts"), ("image_092 _01.jpg", "image_092_01.pts"), ("image_092_01.JPG", "Image_092 _01.PTS"), ("image_092_01.png", "image_092_01.pts")])
+def test_the_file_with_a_blank_in_its_name(root, picture, points):
+    pair = challenging(root)
+    before = len(read_w300(root, "challenging"))
+    pair.with_suffix(".jpg").rename(root / "ibug" / picture)
+    pair.with_suffix(".pts").rename(root / "ibug" / points)
+    data = read_w300(root, "challenging")
+    item = next(i for k, i in enumerate(data.items()) if data.pairs[k][0].name == picture)
+    assert len(data) == before and item.landmarks_2d.shape == (68, 2) and len(read_w300(root, "full")) == before + len(read_w300(root, "common"))
+
+
+@pytest.mark.parametrize("change", [str.upper, str.title, lambda name: name.replace("set", "Set")])
+def test_folders_in_another_casing(root, change):
+    challenging(root)
+    sizes = {name: len(read_w300(root, name)) for name in SETS}
+    for part in ("helen/trainset", "helen/testset", "lfpw/trainset", "ibug", "helen", "lfpw"):
+        if (root / part).is_dir():
+            (root / part).rename((root / part).with_name(change((root / part).name)))
+    assert {name: len(read_w300(root, name)) for name in SETS} == sizes and all(len(list(read_w300(root, name).items())) == n for name, n in sizes.items())
+
+
+@pytest.mark.parametrize("count", [67, 69, 29])
+def test_another_number_of_points_is_told_or_counted(root, count):
+    path = root / "helen" / "trainset" / "image_000002.pts"
+    write_pts(path, np.full((count, 2), 9.0))
+    with pytest.raises(InputError, match="68 points"):
+        list(read_w300(root).items())
+    skipped = Skipped()
+    assert len(list(read_w300(root).items(skipped))) == 3 and skipped.items[0][0] == "helen/trainset/image_000002.pts"
+    assert check_w300(root, every=1e9).left_out.reasons == {"landmarks damaged": 1}
+
+
+def test_a_whole_folder_is_checked(root):
+    assert sum(PUBLISHED[p] for p in SETS["train"]) == 3148 and sum(PUBLISHED[p] for p in SETS["common"]) == 554 and sum(PUBLISHED[p] for p in SETS["full"]) == 689
+    folder = root / "helen" / "trainset"
+    (folder / "image_000001.jpg").unlink()
+    (folder / "image_000002.jpg").write_bytes(b"")
+    (folder / "image_000003.pts").unlink()
+    report = check_w300(root, every=1e9)
+    assert report.left_out.reasons == {"picture missing": 1, "picture empty": 1} and (report.found, report.used) == (8, 6)
+    assert "no folder afw" in report.notes and any(n.startswith("pictures without points: 1, such as helen/trainset/image_000003") for n in report.notes) and any("2000 published" in n for n in report.notes)
 
 
 def test_wrong_questions(root, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 
 from .attributes import ATTRIBUTES
 from .celeba import PARTITION, SPLITS, read_numbers
+from .reading import because, reading_part
 from .w300 import read_pts, write_pts
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text, safe_join
@@ -135,8 +136,10 @@ class CelebAHQ:
     def __getitem__(self, at: int) -> CelebAHQItem:
         if not -len(self) <= at < len(self):
             raise IndexError(at)
-        image = read_image(safe_join(self.root, self.names[at], links_out=True))
-        marks = None if self.points[at] is None else read_pts(self.points[at])
+        with reading_part("picture"):
+            image = read_image(safe_join(self.root, self.names[at], links_out=True))
+        with reading_part("landmarks"):
+            marks = None if self.points[at] is None else read_pts(self.points[at])
         part = int(self.partition[at])
         return CelebAHQItem(self.names[at], image, *(None if a is None else a[at] for a in (self.attributes, self.pose)), marks, SPLITS[part] if part >= 0 else "", self.originals[at])
 
@@ -198,7 +201,7 @@ def read_attributes(
         if skipped is None or not there.any():
             raise error
         for number in np.array(numbers)[~there]:
-            skipped.add(number, error)
+            skipped.add(number, because(error, "list row missing"))
     return values.astype(np.int8)[[at.get(number, 0) for number in numbers]], there
 
 
