@@ -58,7 +58,11 @@ class VectorQuantiser(nn.Module):
         return F.embedding(token_ids.long(), self.codebook).movedim(-1, 1)
 
     def forward(self, z: Float[Tensor, "b d h w"]) -> Quantised:
-        "Codes for vectors, and the loss that draws them together."
+        "Codes for vectors, and the loss that draws them together; in full precision, also under autocast."
+        with torch.autocast(z.device.type, enabled=False):
+            return self.quantise(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z)
+
+    def quantise(self, z: Float[Tensor, "b d h w"]) -> Quantised:
         flat = z.movedim(1, -1)
         flat = F.normalize(flat, dim=-1) if self.l2_norm else flat
         ids = self.nearest(flat.detach().flatten(0, -2)).view(flat.shape[:-1])
