@@ -70,11 +70,13 @@ def autoencoder_loss(
     config: VQGANObjective,
     discriminator: nn.Module | None = None,  # of pictures in -1..1
     last: Tensor | None = None,  # weights of the decoder's last layer; needed with a discriminator
+    weight: Float[Tensor, "b 1 h w"] | None = None,  # how much each pixel counts in the L1; None: all alike
 ) -> dict[str, Float[Tensor, ""]]:  # loss, and its parts
     "What the autoencoder minimises (VQGAN Eq. 6, with taming-transformers' order of terms)."
     check_drawn(images, drawn)
     signed, seen = 2 * images - 1, 2 * drawn - 1
-    l1, perceptual = (signed - seen).abs().mean(), distance(signed, seen).mean()
+    gap, perceptual = (signed - seen).abs(), distance(signed, seen).mean()
+    l1 = gap.mean() if weight is None else (gap * weight).mean() / weight.mean()
     nll = l1 + config.perceptual_weight * perceptual
     terms = {"l1": l1, "perceptual": perceptual, "nll": nll, "codes": codes_loss}
     loss = nll + config.codebook_weight * codes_loss
