@@ -3,8 +3,7 @@
 import json
 import os
 import pickle
-import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest

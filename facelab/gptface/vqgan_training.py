@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from ..lab.errors import InputError, ShapeError
@@ -66,8 +66,8 @@ class VQGANTraining:
 
 
 FACE64 = VQGANTraining(
-    net=VQGANS["face64"], perceptual="gradients", discriminator=None, steps=4000, batch=16, rate=1.5e-3, betas=(0.9, 0.99), cosine=True, warmup=50, clip=1.0, ema=0.995,
-    free_steps=200, pool=8192, restart_every=100, threads=1,
+    net=VQGANS["face64"], perceptual="gradients", discriminator=None, steps=5000, batch=8, rate=2e-3, betas=(0.9, 0.99), cosine=True, warmup=50, clip=1.0, emphasis=3.0,
+    free_steps=200, pool=8192, restart_every=50, threads=1,
 )  # ours: half an hour of one core
 
 # %% ../../nbs/gptface/80_vqgan_training.ipynb #keeper
