@@ -20,15 +20,14 @@ from torch.nn import functional as F
 
 from ..data.celeba import read_celeba
 from ..data.embedded import read_embedded
-from ..data.truth import Truth, read_truth
-from ..data.world import generate, part_path
+from ..data.truth import Truth
+from ..data.world import world_items
 from ..face.code import FaceCode
 from ..face.mirror import Mirror, mirrored_landmarks
 from ..face.morphable import MorphableModel
 from .schema import code_facts, item_codes, item_facts, photo_facts
 from ..lab.errors import InputError
 from ..lab.inputs import input_path
-from ..lab.paths import build_dir
 
 # %% ../../nbs/facegpt/36_photos.ipynb #photos
 @dataclass(frozen=True, eq=False)
@@ -138,15 +137,11 @@ def world_photos(
     each: int,  # photos of a person
     size: int,  # pixels
     workers: int | None = None,  # processes that draw
-    folder: str | Path | None = None,  # where the world is kept; build/scratch/world-<seed>-<size> by default
+    folder: str | Path | None = None,  # where the world is kept; as in facelab.data.world.world_items
     label: str = "photos",  # of the progress line
 ) -> FacePhotos:
     "Draw people (what is on disk already is kept) and read them."
-    folder = Path(folder or build_dir("scratch") / f"world-{seed}-{size}x{each}")
-    _, failed = generate(people, each, size, seed, folder, workers, label=label)
-    if failed:
-        raise InputError("world_photos", failed.report(len(people)), "all photos", "Look at the first one's error.")
-    return truth_photos([item for number in people for item in read_truth(part_path(folder, number))])
+    return truth_photos(list(world_items(seed, people, each, size, workers, folder, label)))
 
 # %% ../../nbs/facegpt/36_photos.ipynb #celeba-photos
 def celeba_photos(

@@ -128,6 +128,11 @@ _add(
         "vqgan-f16", "VQGAN f16 on ImageNet (taming-transformers), codebook of 16,384", ("gptface",), "MIT (code); weights as linked from the repository", "https://github.com/CompVis/taming-transformers (table of models)",
         "last.ckpt", min_bytes=10**7, unsure="the link was not followed; GPTFace trained its own on LAION-Face and did not publish it",
     ),
+    Asset(
+        "lpips-vgg", "LPIPS: torchvision's VGG16 and the weights of its layers, 14.7 M weights", ("gptface",), "BSD 2-clause (LPIPS), BSD 3-clause (torchvision); VGG16 was trained on ImageNet: confirm on the pages",
+        "https://download.pytorch.org/models/vgg16-397923af.pth and https://github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1/vgg.pth",
+        "", {"vgg16-397923af.pth": (), "vgg.pth": ()}, unsure="addresses and terms: from memory",
+    ),
 )  # fmt: skip
 
 # %% ../../nbs/lab/30_assets.ipynb #sets
