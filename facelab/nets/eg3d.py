@@ -18,7 +18,7 @@ from ..lab.errors import InputError, ShapeError
 from .modulated import Changes
 from .stylegan2 import StyleGAN2, StyleGAN2Config
 from .superres import SUPERRES, Superresolution, SuperresConfig
-from .triplane import NEXT3D_AXES, OSGDecoder, sample_planes
+from .triplane import OSGDecoder, sample_planes
 from .volume import Draws, Rendering, VolumeConfig, camera_rays, render_rays
 
 # %% ../../nbs/nets/78_eg3d.ipynb #config
