@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..lab.errors import InputError, ShapeError
-from .modulated import Changes
+from .modulated import Changes, check_changes
 from .stylegan2 import StyleGAN2, StyleGAN2Config
 from .superres import SUPERRES, Superresolution, SuperresConfig
 from .triplane import OSGDecoder, sample_planes
@@ -126,6 +126,7 @@ class Generator(nn.Module):
         "The three planes of each head."
         if not self.training and not torch.isfinite(ws).all():
             raise ShapeError("styles", "values that are not finite", "finite numbers", "Did an inversion diverge, or is a file damaged?")
+        check_changes(changes, len(ws))
         drawn = self.backbone.synthesis(ws, noise, changes)
         return drawn.view(len(ws), len(self.config.volume.axes), -1, *drawn.shape[2:])
 
@@ -157,6 +158,7 @@ class Generator(nn.Module):
         changes: Changes | None = None,
     ) -> Rendered:
         "Views of heads whose planes are known."
+        check_changes(changes, len(cam))
         features, depth, _ = self.features(planes, cam, neural_size, draws)
         image = self.superresolution(features, ws[:, -1].expand(len(cam), -1), changes)
         return Rendered(image, features[:, :3], depth)
