@@ -8,7 +8,7 @@ __all__ = ['PLACES', 'AdapterConfig', 'targets', 'Adapter', 'changes_of', 'count
 
 # %% ../../nbs/my3dgen/20_adapter.ipynb #imports
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path

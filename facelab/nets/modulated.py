@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Changes', 'NOTHING', 'SLOPE', 'GAIN', 'NOISES', 'LowRank', 'change_of', 'changed_weight', 'check_changes',
-           'EqualLinear', 'EqualConv', 'demodulation', 'plain_conv', 'modulated_conv', 'people_conv', 'SynthesisLayer',
-           'ToRGB']
+           'EqualLinear', 'EqualConv', 'demodulation', 'plain_conv', 'times', 'pixel_conv', 'modulated_conv',
+           'people_conv', 'SynthesisLayer', 'ToRGB']
 
 # %% ../../nbs/nets/71_modulated.ipynb #imports
 import math
@@ -54,12 +54,17 @@ def changed_weight(
     weight: Float[Tensor, "o i k l"],
     change: LowRank,
 ) -> Float[Tensor, "o i k l"] | Float[Tensor, "p o i k l"]:
-    "The weight of one person, or the weights of all."
+    "The weight of one person, or the weights of all; channels-last, as convolutions want it."
     if change.a is None:
         return weight
-    if len(change.a) == 1:
-        return weight + (change.b[0] @ change.a[0]).view_as(weight)
-    return weight + (change.b @ change.a).view(-1, *weight.shape)
+    (o, i, k, l), p = weight.shape, len(change.a)
+    if change.a.shape[-1] == i * k * l:
+        a = change.a.view(p, -1, i, k, l).permute(0, 1, 3, 4, 2).reshape(p, -1, k * l * i)
+        base = weight.permute(0, 2, 3, 1).reshape(1, o, k * l * i)
+        made = torch.baddbmm(base, change.b, a).view(p, o, k, l, i).permute(0, 1, 4, 2, 3)
+    else:
+        made = weight + (change.b @ change.a).view(p, o, i, k, l)
+    return made[0] if p == 1 else made
 
 # %% ../../nbs/nets/71_modulated.ipynb #check-changes
 def check_changes(
@@ -143,73 +148,93 @@ class EqualConv(nn.Module):
 
 # %% ../../nbs/nets/71_modulated.ipynb #demodulate
 def demodulation(
-    weight: Float[Tensor, "o i k l"],
+    weight: Float[Tensor, "... o i k l"],  # of all, or of each person
     styles: Float[Tensor, "b i"],
+    rows: Int[Tensor, "b"] | None = None,  # the person of each picture
 ) -> Float[Tensor, "b o"]:
     "The factor of each output channel that makes its weights unit (StyleGAN2 Eq. 3)."
     with torch.autocast(styles.device.type, enabled=False):
-        styles = styles.to(weight.dtype)  # single precision also where half is used around
-        return (styles.square() @ weight.square().sum((2, 3)).mT + 1e-8).rsqrt()
+        square, energy = styles.to(weight.dtype).square(), weight.square().sum((-2, -1))  # single precision also where half is used around
+        if energy.ndim == 2:
+            return (square @ energy.mT + 1e-8).rsqrt()
+        energy = energy if rows is None else energy[rows]
+        return (torch.bmm(energy, square[..., None])[..., 0] + 1e-8).rsqrt()
 
 
 def plain_conv(
     x: Float[Tensor, "b i h w"],
     weight: Float[Tensor, "o i k l"],
-    up: Float[Tensor, "4 4"] | None,  # filter of a convolution that doubles the side; None keeps it
+    up: bool,  # to twice the side and a pixel more: the filter takes that away
 ) -> Float[Tensor, "b o h2 w2"]:
-    "The convolution itself; doubling is a transposed convolution of stride 2, then the filter."
-    if up is None:
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
-    return smooth(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), 4 * up, 1)
+    "The convolution itself."
+    return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2) if up else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+def times(
+    y: Tensor,  # fresh: nobody else holds it
+    factor: Tensor,
+) -> Tensor:
+    "y times factor; in place where no gradient needs the old values."
+    return y * factor if y.requires_grad or factor.requires_grad else y.mul_(factor)
+
+
+def pixel_conv(
+    x: Float[Tensor, "b i h w"],
+    weights: Float[Tensor, "b o i"],
+) -> Float[Tensor, "b o h w"]:
+    "A 1x1 convolution with weights for each picture: one product of matrices."
+    b, i, h, w = x.shape
+    return torch.bmm(x.permute(0, 2, 3, 1).reshape(b, h * w, i), weights.mT).view(b, h, w, -1).permute(0, 3, 1, 2)
 
 # %% ../../nbs/nets/71_modulated.ipynb #modulated
 def modulated_conv(
     x: Float[Tensor, "b i h w"],
-    weight: Float[Tensor, "o i k l"],
+    weight: Float[Tensor, "o i k l"] | Float[Tensor, "p o i k l"],  # of all, or of each person
     styles: Float[Tensor, "b i"],
     demodulate: bool = True,
     up: Float[Tensor, "4 4"] | None = None,  # filter of a convolution that doubles the side
     gain: float = 1.0,  # factor of the result
+    rows: Int[Tensor, "b"] | None = None,  # the person of each picture; None: in order, one each
+    grouped: bool | None = None,  # people in one grouped convolution; None: on a GPU
 ) -> Float[Tensor, "b o h2 w2"]:
     "A convolution under a style for each picture (StyleGAN2 Eq. 1 and 3)."
-    after = demodulation(weight, styles) * gain if demodulate else None if gain == 1 else styles.new_full((len(x), len(weight)), gain)
+    after = demodulation(weight, styles, rows) * gain if demodulate else styles.new_full((len(x), weight.shape[-4]), gain)
+    if weight.shape[-1] == 1:
+        flat = weight[..., 0, 0]
+        return pixel_conv(x, (flat if flat.ndim == 2 or rows is None else flat[rows]) * styles[:, None] * after[..., None])
+    if weight.ndim == 5:
+        return people_conv(x, weight, styles, after, up, rows, grouped)
     b, i, h, w = x.shape
     if b == 1 and h * w * (i + len(weight) * (4 if up is not None else 1)) > 2 * weight.numel():  # cheaper to scale the weight
-        weight = weight * styles[0, :, None, None]
-        return plain_conv(x, weight if after is None else weight * after[0, :, None, None, None], up)
-    y = plain_conv(x * styles[..., None, None].to(x.dtype), weight, up)
-    return y if after is None else y * after[..., None, None].to(y.dtype)
+        y = plain_conv(x, weight * styles[0, :, None, None] * after[0, :, None, None, None], up is not None)
+        return y if up is None else smooth(y, 4 * up, 1)
+    y = plain_conv(x * styles[..., None, None].to(x.dtype), weight, up is not None)
+    y = y if up is None else smooth(y, 4 * up, 1)
+    return times(y, after[..., None, None].to(y.dtype))
 
 # %% ../../nbs/nets/71_modulated.ipynb #people
 def people_conv(
     x: Float[Tensor, "b i h w"],
     weights: Float[Tensor, "p o i k l"],
     styles: Float[Tensor, "b i"],
+    after: Float[Tensor, "b o"],  # factors of the results
+    up: Float[Tensor, "4 4"] | None,
     rows: Int[Tensor, "b"] | None,  # the person of each picture; None: in order, one each
-    demodulate: bool = True,
-    up: Float[Tensor, "4 4"] | None = None,
-    gain: float = 1.0,
     grouped: bool | None = None,  # one convolution in groups; None: on a GPU
 ) -> Float[Tensor, "b o h2 w2"]:
     "A modulated convolution in which every picture has its person's weights."
+    b, (_, o, i, k, _) = len(x), weights.shape
     if grouped if grouped is not None else x.device.type != "cpu":
-        own = weights if rows is None else weights[rows]
-        own = own * styles[:, None, :, None, None]
-        if demodulate:
-            own = own * (own.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
-        b, o, i, k = own.shape[:4]
+        own = (weights if rows is None else weights[rows]) * styles[:, None, :, None, None] * after[..., None, None, None]
         joined = x.reshape(1, b * i, *x.shape[2:])
         if up is None:
-            y = F.conv2d(joined, (own * gain).reshape(b * o, i, k, k), padding=k // 2, groups=b)
+            y = F.conv2d(joined, own.reshape(b * o, i, k, k), padding=k // 2, groups=b)
         else:
-            y = F.conv_transpose2d(joined, (own * gain).transpose(1, 2).reshape(b * i, o, k, k), stride=2, groups=b)
-            y = smooth(y, 4 * up, 1)
+            y = smooth(F.conv_transpose2d(joined, own.transpose(1, 2).reshape(b * i, o, k, k), stride=2, groups=b), 4 * up, 1)
         return y.reshape(b, o, *y.shape[2:])
-    if rows is None:
-        return torch.cat([modulated_conv(x[n : n + 1], weights[n], styles[n : n + 1], demodulate, up, gain) for n in range(len(x))])
-    places = [torch.nonzero(rows == p)[:, 0] for p in range(len(weights))]
-    parts = [modulated_conv(x[at], weights[p], styles[at], demodulate, up, gain) for p, at in enumerate(places) if len(at)]
-    return torch.cat(parts)[torch.argsort(torch.cat(places))]
+    x, whose = x * styles[..., None, None].to(x.dtype), range(b) if rows is None else rows.tolist()
+    y = torch.cat([plain_conv(x[n : n + 1], weights[p], up is not None) for n, p in enumerate(whose)])
+    return times(y if up is None else smooth(y, 4 * up, 1), after[..., None, None].to(y.dtype))
 
 # %% ../../nbs/nets/71_modulated.ipynb #layer
 NOISES = ("const", "random", "none")
@@ -254,10 +279,7 @@ class SynthesisLayer(nn.Module):
             raise InputError("noise", repr(noise), f"one of {NOISES}", "The authors render with 'const'.")
         change, up = change_of(self, changes), self.resample_filter if self.up else None
         styles, weight = self.affine(w, changes), changed_weight(self.weight, change)
-        if weight.ndim == 5:
-            y = people_conv(x, weight, styles, change.rows, True, up, GAIN)
-        else:
-            y = modulated_conv(x, weight, styles, True, up, GAIN)
+        y = modulated_conv(x, weight, styles, True, up, GAIN, change.rows)
         if (added := self.noise(noise, len(x), change)) is not None:
             y = y.add_(added.to(y.dtype), alpha=GAIN)
         bias = self.bias if change.bias is None else self.bias + change.of_rows(change.bias)
@@ -287,10 +309,7 @@ class ToRGB(nn.Module):
         "The part of the picture that this size contributes."
         change = change_of(self, changes)
         styles, weight = self.affine(w, changes) * self.gain, changed_weight(self.weight, change)
-        if weight.ndim == 5:
-            y = people_conv(x, weight, styles, change.rows, demodulate=False)
-        else:
-            y = modulated_conv(x, weight, styles, demodulate=False)
+        y = modulated_conv(x, weight, styles, demodulate=False, rows=change.rows)
         bias = self.bias if change.bias is None else self.bias + change.of_rows(change.bias)
-        y = y.to(bias.dtype) + bias.reshape(-1, bias.shape[-1], 1, 1)
+        y = y.to(bias.dtype).add_(bias.reshape(-1, bias.shape[-1], 1, 1))
         return y if self.clamp is None else y.clamp(-self.clamp, self.clamp)

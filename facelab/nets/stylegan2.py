@@ -156,7 +156,7 @@ class SynthesisBlock(nn.Module):
         if picture is not None and self.up:
             picture = double(picture, self.resample_filter)
         added = self.torgb(x, next(w), changes)
-        return x, added if picture is None else picture + added
+        return x, added if picture is None else added.add_(picture)
 
 # %% ../../nbs/nets/72_stylegan2.ipynb #network
 class SynthesisNetwork(nn.Module):
