@@ -245,7 +245,8 @@ def render_rays(
     for at in range(0, m, step):
         some = slice(at, at + step)
         ray = (origins[:, some], directions[:, some])
-        parts.append(march_rays(table, decoder, *ray, config, Draws(draws.coarse[:, some], draws.fine[:, some]), None if guide is None else guide[:, some]))
+        with torch.autocast(origins.device.type, enabled=False):  # densities need single precision
+            parts.append(march_rays(table, decoder, *ray, config, Draws(draws.coarse[:, some], draws.fine[:, some]), None if guide is None else guide[:, some]))
     features, depth, alpha = (torch.cat(part, 1) for part in list(zip(*parts))[:3])
     limits = torch.stack([part[3] for part in parts])
     return Rendering(features, depth.clamp(limits[:, 0].min(), limits[:, 1].max()), alpha)
