@@ -19,7 +19,7 @@ from .modulated import Changes, check_changes
 from .stylegan2 import StyleGAN2, StyleGAN2Config
 from .superres import SUPERRES, Superresolution, SuperresConfig
 from .triplane import OSGDecoder, sample_planes
-from .volume import Draws, Rendering, VolumeConfig, camera_rays, render_rays
+from .volume import Draws, Rendering, VolumeConfig, camera_rays, random_draws, render_rays
 
 # %% ../../nbs/nets/78_eg3d.ipynb #config
 @dataclass(frozen=True)
@@ -141,11 +141,14 @@ class Generator(nn.Module):
         size, b = neural_size or self.config.neural_size, len(cam)
         if len(planes) not in (1, b):
             raise ShapeError("Generator.features", f"planes of {len(planes)} heads, {b} cameras", "as many cameras as heads, or one head", "Repeat the planes, or call once for each head.")
-        origins, directions = (ray.reshape(len(planes), -1, 3) for ray in camera_rays(cam, size))
+        by_column = lambda rows: rows.reshape(b, size, size, rows.shape[-1]).transpose(1, 2).reshape(len(planes), -1, rows.shape[-1])  # rays above each other read the same features
+        origins, directions = (by_column(ray) for ray in camera_rays(cam, size))
+        if isinstance(draws, torch.Generator):
+            draws = random_draws(b, size * size, self.config.volume, draws)
         if isinstance(draws, Draws):
-            draws = Draws(*(part.reshape(len(planes), -1, part.shape[-1]) for part in draws))
+            draws = Draws(*(by_column(part) for part in draws))
         seen: Rendering = render_rays(planes, self.decoder, origins, directions, self.config.volume, draws)
-        as_image = lambda rows: rows.reshape(b, size, size, -1).permute(0, 3, 1, 2)
+        as_image = lambda rows: rows.reshape(b, size, size, -1).permute(0, 3, 2, 1)
         return as_image(seen.features), as_image(seen.depth), as_image(seen.alpha)
 
     def render(
