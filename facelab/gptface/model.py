@@ -163,7 +163,7 @@ class GPTFace(nn.Module):
         see = None if attend.all() else attend[:, None, None]
         for block in self.blocks[first:-1]:
             x = block(x, see)
-        ask = None if at is None else torch.cat([torch.zeros_like(at[:, :1]) if at.shape[1] else at.new_zeros(len(at), 1), at], 1)
+        ask = None if at is None else torch.cat([at.new_zeros(len(at), 1), at], 1)
         x = self.norm(self.blocks[-1](x, see, ask))
         return Hidden(x if at is None else x[:, 1:], self.match(x[:, 0]))
 
