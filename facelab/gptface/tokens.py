@@ -228,6 +228,7 @@ def join(
         raise ShapeError("codes", f"shape {tuple(codes.shape)}", f"(b, {layout.rows}, {layout.cols}) or (b, {layout.tokens})", "Encode pictures of the size that the layout is for.")
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < layout.codes:
         raise ShapeError("codes", f"{int(codes.min())} to {int(codes.max())}", f"0 to {layout.codes - 1}", "The pictures were encoded with another codebook.")
+    codes = codes.long()
     text = codes.new_full((b, 0 if trim else layout.text), layout.pad) if text is None else text.to(codes)
     if text.shape[0] != b or text.shape[1] > layout.text:
         raise ShapeError("text", f"shape {tuple(text.shape)}", f"({b}, {layout.text} or fewer)", "Give one text a picture, made with text_ids.")
