@@ -214,12 +214,13 @@ def draw_hidden(
     "Masks of a batch: image by the schedule, text by its share; special tokens never."
     ids = sequences.ids.cpu().numpy()
     hidden, count = np.zeros(ids.shape, bool), masking.budget.count(step, layout.tokens)
-    begins = np.ones(layout.words, bool) if starts is None else starts.cpu().numpy()
+    begins, special = np.ones(layout.words, bool) if starts is None else starts.cpu().numpy(), np.zeros(layout.ids, bool)
+    special[list(layout.specials)] = True
     other = random_mask if masking.image_else == "random" else block_mask
     for row, (line, kinds) in enumerate(zip(ids, rng.random((len(ids), 2)))):
         draw = span_mask if kinds[0] < masking.image_spans else other
         hidden[row, layout.image] = draw(layout.rows, layout.cols, count, rng).ravel()
-        pieces = layout.first_text + np.flatnonzero(~np.isin(line[layout.first_text :], layout.specials))
+        pieces = layout.first_text + np.flatnonzero(~special[line[layout.first_text :]])
         if not len(pieces):
             continue
         share, word = text_count(len(pieces), masking.text_ratio), begins[line[pieces]]

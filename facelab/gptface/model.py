@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GATES', 'PARTS', 'GPTFaceConfig', 'GluBlock', 'rows_of', 'Hidden', 'GPTFace', 'initialise', 'build_gptface',
-           'count_parameters', 'save_gptface', 'load_gptface', 'put_weights', 'own_view']
+           'count_parameters', 'save_gptface', 'load_gptface', 'put_weights', 'own_view', 'replace_weights']
 
 # %% ../../nbs/gptface/12_model.ipynb #imports
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -275,6 +275,18 @@ def put_weights(
 # %% ../../nbs/gptface/12_model.ipynb #own-view
 def own_view(
     model: GPTFace,
-) -> GPTFace:  # in eval mode; other modules, the same tensors
-    "A copy of the structure that shares all tensors (ours)."
-    return deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}).eval()
+    grads: Collection[str] = (),  # names of weights that a gradient is wanted for
+) -> GPTFace:  # in eval mode
+    "A copy of the structure, whose weights share the model's memory (ours)."
+    memo = {id(weight): nn.Parameter(weight.detach(), requires_grad=name in grads) for name, weight in model.named_parameters()}
+    return deepcopy(model, memo).eval()
+
+
+def replace_weights(
+    view: GPTFace,  # from `own_view`
+    weights: Mapping[str, Tensor],  # by name
+):
+    "Give a view other weights; those of the model stay as they are."
+    for name, weight in weights.items():
+        module, _, last = name.rpartition(".")
+        setattr(view.get_submodule(module), last, nn.Parameter(weight.detach(), requires_grad=False))
