@@ -105,9 +105,10 @@ class Pull(NamedTuple):
 def same_ids(
     ids: Int[Tensor, "b n"],
     others: Int[Tensor, "b m"],
+    like: Tensor,  # of the type that is wanted
 ) -> Float[Tensor, "b n m"]:
     "1 where two positions hold the same id."
-    return ids[:, :, None].eq(others[:, None]).float()
+    return ids[:, :, None].eq(others[:, None]).to(like.dtype)
 
 
 def norm_of(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b"]:
@@ -127,9 +128,10 @@ def pull_states(
     logp = F.log_softmax(view.encode(hidden, seq.attend, at=seq.ids.new_zeros(len(seq.ids), 0)).match.float(), 1)[:, 1]
     (grad,) = torch.autograd.grad(logp.sum(), hidden)
     grad, hidden = grad * seq.attend[..., None], hidden.detach() * seq.attend[..., None]
-    first = seq.attend & same_ids(seq.ids, seq.ids).tril(-1).sum(2).eq(0)
+    same = same_ids(seq.ids, seq.ids, grad)
+    first = seq.attend & same.tril(-1).sum(2).eq(0)
     if guidance.scope == "embeddings":  # E_pos is added, so the gradient of H^0 is that of E_t
-        grad = (same_ids(seq.ids, seq.ids) @ grad) * first[..., None]
+        grad = (same @ grad) * first[..., None]
         hidden = embedded * first[..., None]
     keep, gain = (value[:, None, None] for value in step_of(guidance.update, guidance.strength, norm_of(hidden), norm_of(grad)))
     return Pull(logp.detach().exp(), seq.ids, first, (keep - 1) * hidden + gain * grad)
@@ -195,11 +197,13 @@ class Steering:
         "A fresh gradient; None where the guidance has none."
         if self.guidance.kind != "itm":
             return None
-        if not self.names:
-            return pull_states(self.plain, seq, self.guidance)
-        if len(seq.ids) > 1:
+        if self.names and len(seq.ids) > 1:
             raise InputError(f"scope {self.guidance.scope}", f"{len(seq.ids)} samples", "one at a time", f"Scopes {' and '.join(BATCHED)} take a batch.")
-        found = pull_weights(self.plain, seq, self.guidance, self.names)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+            seq = Sequences(seq.ids.clone(), seq.attend.clone())
+            found = pull_weights(self.plain, seq, self.guidance, self.names) if self.names else pull_states(self.plain, seq, self.guidance)
+        if not self.names:
+            return found
         replace_weights(self.moved, found.weights)
         return found
 
@@ -223,7 +227,7 @@ class Steering:
         embedded = net.embed(seq.ids)
         by_row = pull is not None and pull.delta is not None and self.guidance.scope == "embeddings"
         if by_row:
-            embedded = embedded + (same_ids(seq.ids, pull.ids) * pull.first[:, None]) @ pull.delta
+            embedded = embedded + (same_ids(seq.ids, pull.ids, embedded) * pull.first[:, None]) @ pull.delta
         hidden = net.start(embedded, seq.attend)
         if pull is not None and pull.delta is not None and not by_row:
             hidden = hidden + pull.delta
