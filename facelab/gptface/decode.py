@@ -220,7 +220,7 @@ def decode(
     guidance: Guidance | None = None,  # None: Guidance()
     decoding: Decoding | None = None,  # None: Decoding()
     seeds: int | Sequence[int] = 0,  # of each sample; from one number the samples get seeds of their own
-    allowed: Bool[Tensor, "v"] | None = None,  # ids of the modality that may be chosen; all by default
+    allowed: Bool[Tensor, "v"] | None = None,  # ids of the modality that may be chosen; special tokens never are
     distinct: bool = False,  # no id twice in a sample
     on_step: Callable[[int, Sequences], None] | None = None,  # is told the iteration and the sequences still in work
 ) -> Decoded:
@@ -238,6 +238,9 @@ def decode(
         trace = pd.concat([one.trace.assign(sample=k) for k, one in enumerate(parts)], ignore_index=True)
         return Decoded(torch.cat([one.ids for one in parts]), trace, torch.cat([one.valid for one in parts]))
     device = model.bias.device
+    if part == "words":
+        allowed = torch.ones(layout.words, dtype=torch.bool) if allowed is None else allowed.clone()
+        allowed[list(layout.specials)] = False
     seq, hidden = Sequences(seq.ids.masked_fill(hidden, layout.mask).to(device), seq.attend.to(device)), hidden.to(device)
     now = Filling(seq, hidden, torch.arange(b, device=device), seeds, hidden.sum(1).tolist())
     steering, pull, step, rows, done = Steering(model, guidance), None, 0, [], seq.ids.clone()
