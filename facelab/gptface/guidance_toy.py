@@ -210,5 +210,5 @@ def toy_benchmark(
     config = config or ToyTraining()
     model, curve = train_toy(config, progress)
     scores = held_out(model, toy_pairs(400, config.seed + 1))
-    rows = [Row("the network", "ITM accuracy", scores["itm_accuracy"], n=400, better="higher", data="toy"), Row("the network", "MILM", float(scores["milm"]), n=400, data="toy")]
+    rows = [Row("the network", "ITM accuracy", scores["itm_accuracy"], n=400, better="higher", data="toy"), Row("the network", "MILM", scores["milm"], n=400, data="toy")]
     return rows + toy_rows(model, toy_edits(edits, config.seed), methods), curve

@@ -161,23 +161,24 @@ def held_out(
 ) -> dict[str, float]:
     "MILM loss and accuracies, ITM accuracy and mean p(q=1) of matched and mismatched pairs."
     layout, rng, masking = model.config.layout, np.random.default_rng(seed), masking or Masking()
-    device, sums = next(model.parameters()).device, np.zeros(4)
+    device, sums, counts = next(model.parameters()).device, np.zeros(3), np.zeros(3)  # all hidden places, of the image, of the text
     found = {True: [], False: []}
     for part in torch.arange(len(pairs.codes)).split(batch):
         codes, text = pairs.codes[part].to(device), pairs.text[part].to(device)
         own, other = join(layout, codes, text), text[other_texts(text, rng)]
         hidden = draw_hidden(layout, own, masking, step, rng)
-        terms = milm(model, hide(layout, own, hidden), own.ids)
-        sums += [float(terms.loss) * terms.count, terms.count, float(terms.image_accuracy) * len(part), float(terms.text_accuracy) * len(part)]
+        terms, image = milm(model, hide(layout, own, hidden), own.ids), int(hidden[:, layout.image].sum())
+        here = np.array([terms.count, image, terms.count - image])
+        sums, counts = sums + here * np.array([float(value) for value in terms[:3]]), counts + here
         differs = other.ne(text).any(1)
         for kind, beside, rows in ((True, text, slice(None)), (False, other, differs)):
             pair = join(layout, codes, beside).rows(rows)
             if len(pair.ids):
                 found[kind] += model(*pair, at=pair.ids.new_zeros(len(pair.ids), 0)).match.softmax(1)[:, 1].tolist()
     right = [p > 0.5 for p in found[True]], [p <= 0.5 for p in found[False]]
-    n = len(pairs.codes)
-    scores = {"milm": sums[0] / max(sums[1], 1), "image_accuracy": sums[2] / n, "text_accuracy": sums[3] / n}
-    return scores | {"itm_accuracy": float(np.mean([np.mean(part) for part in right if part])), "p_matched": float(np.mean(found[True])), "p_mismatched": float(np.mean(found[False] or [0.0]))}
+    scores = dict(zip(("milm", "image_accuracy", "text_accuracy"), (sums / counts.clip(min=1)).tolist()))
+    means = {"itm_accuracy": [np.mean(part) for part in right if part], "p_matched": found[True], "p_mismatched": found[False] or [0.0]}
+    return scores | {name: float(np.mean(values)) for name, values in means.items()}
 
 # %% ../../nbs/gptface/40_pretrain.ipynb #pretrain-loss
 Encode = Callable[[Tensor], Tensor]  # images b 3 h w, 0..1 -> codes b rows cols
