@@ -126,7 +126,9 @@ def test_samples_have_their_distribution():
     assert (share(temperature=0.5) - squared / squared.sum()).abs().max() < 0.015
     assert share(temperature=0).tolist() == [0, 1, 0, 0]
     token, p, score = sample_tokens(torch.tensor([[1.0, 2.0]]), torch.tensor([0.999]))
-    assert (token.item(), score.item()) == (0, 1.0) and abs(p.item() - 1 / (1 + math.e)) < 1e-6
+    assert (token.item(), score.item()) == (1, 2.0) and abs(p.item() - math.e / (1 + math.e)) < 1e-6
+    barred = torch.tensor([[0.0, 0.0, -math.inf]]).repeat(3, 1)
+    assert sample_tokens(barred, torch.tensor([0.2, 0.7, 1.0]))[0].tolist() == [0, 1, 1]
 
 
 def test_the_surest_are_kept_first():

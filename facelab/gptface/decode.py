@@ -113,11 +113,15 @@ def sample_tokens(
     if temperature == 0:
         token = logits.argmax(1)
     else:
-        p, order = (logits / temperature).softmax(1).sort(dim=1, descending=True, stable=True)
-        kept = p * ((p.cumsum(1) - p) < top_p)
-        below = kept.double().cumsum(1)
-        place = (below <= uniform[:, None].double() * below[:, -1:]).sum(1)
-        token = order.gather(1, torch.minimum(place, kept.gt(0).sum(1) - 1)[:, None])[:, 0]
+        p, order = (logits / temperature).softmax(1), None
+        if top_p < 1:
+            p, order = p.sort(dim=1, descending=True, stable=True)
+            p = p * ((p.cumsum(1) - p) < top_p)
+        below = p.cumsum(1, dtype=torch.float64)
+        place = torch.searchsorted(below, uniform[:, None].double() * below[:, -1:], right=True)
+        last = p.shape[1] - 1 - p.gt(0).int().flip(1).argmax(1, keepdim=True)  # rounding must not lead to a token that cannot be
+        token = torch.minimum(place, last)
+        token = (token if order is None else order.gather(1, token))[:, 0]
     return token, plain.gather(1, token[:, None])[:, 0].exp(), logits.gather(1, token[:, None])[:, 0]
 
 # %% ../../nbs/gptface/52_decode.ipynb #decoded
