@@ -154,9 +154,10 @@ def pull_weights(
     moved = {}
     for (name, weight), grad in zip(weights.items(), grads):
         weight = weight.detach()
-        shrunk = weight if keep == 1 else weight * keep
-        if grad is not None or shrunk is not weight:
-            moved[name] = shrunk if grad is None else torch.add(shrunk, grad, alpha=gain)
+        if keep == 1 and grad is not None:
+            moved[name] = torch.add(weight, grad, alpha=gain)
+        elif keep != 1:
+            moved[name] = weight * keep if grad is None else weight.mul(keep).add_(grad, alpha=gain)
     return Pull(logp.detach().exp()[None], seq.ids, torch.zeros_like(seq.attend), None, moved)
 
 # %% ../../nbs/gptface/50_guidance.ipynb #look
