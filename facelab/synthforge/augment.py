@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODE_TRAIN', 'PAPER_TRAIN', 'DRAWS', 'Augment', 'still', 'corner_matrix', 'through', 'crop_square', 'crop_matrix',
-           'places', 'nearest', 'bilinear', 'swapped_labels', 'mirror_order', 'warp_face', 'shrink', 'recolour',
-           'roughened', 'augment_face', 'item_rng']
+           'places', 'nearest', 'bilinear', 'swapped_labels', 'mirror_order', 'warp_face', 'cut_picture', 'shrink',
+           'recolour', 'roughened', 'augment_face', 'item_rng']
 
 # %% ../../nbs/synthforge/30_augment.ipynb #imports
 import math
@@ -211,10 +211,7 @@ def warp_face(
 ) -> AnnotatedFace:  # with landmarks in pixels of the crop; `visible` also says whether they are in it
     "A face through a projective map: the picture bilinear, labels, depth and normals nearest, landmarks exact."
     at, points, visible, three = places(matrix, size), face.landmarks_2d, face.visible, face.landmarks
-    fold = shrink(matrix, face.size)
     mirrored = np.linalg.det(matrix) < 0
-    image = face.image if fold == 1 else resize(face.image, tuple(math.ceil(n / fold) for n in face.size))
-    ratio = np.array([image.shape[1] / face.size[1], image.shape[0] / face.size[0]])
     labels = None if face.labels is None else nearest(face.labels, at, NOT_JUDGED)
     if points is not None:
         before = points.astype(np.float64) @ matrix[2, :2] + matrix[2, 2] > 0  # not beyond the horizon of the map
@@ -227,8 +224,20 @@ def warp_face(
     if mirrored and labels is not None:
         labels = swapped_labels(labels, flips)
     depth = None if face.depth is None else nearest(face.depth, at, 0)
-    pixels = bilinear(image, at * ratio).round().clip(0, 255).astype(np.uint8)
-    return AnnotatedFace(face.name, pixels, labels, depth, None, points, three, visible, face.facts)
+    return AnnotatedFace(face.name, cut_picture(face.image, matrix, size), labels, depth, None, points, three, visible, face.facts)
+
+# %% ../../nbs/synthforge/30_augment.ipynb #cut
+def cut_picture(
+    image: np.ndarray,  # h w 3 uint8
+    matrix: Float[np.ndarray, "3 3"],  # picture pixels -> crop pixels
+    size: int,  # side of the crop, pixels
+) -> np.ndarray:  # s s 3 uint8; black outside
+    "The picture through a projective map, averaged down first where it shrinks."
+    h, w = image.shape[:2]
+    fold = shrink(matrix, (h, w))
+    image = image if fold == 1 else resize(np.ascontiguousarray(image), (math.ceil(h / fold), math.ceil(w / fold)))
+    ratio = np.array([image.shape[1] / w, image.shape[0] / h])
+    return bilinear(image, places(matrix, size) * ratio).round().clip(0, 255).astype(np.uint8)
 
 
 def shrink(
