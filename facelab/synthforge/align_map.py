@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..face.camera import EG3D_UNIT_MM, Camera
 from ..face.raster import rasterize
-from ..lab.errors import InputError, ShapeError
+from ..lab.errors import InputError
 from ..lab.train import Items, Player, TrainConfig, Training, train
 from .metrics import landmark_nme
 

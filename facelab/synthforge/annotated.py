@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from ..data.truth import Truth
 from ..face.morphable import REGION_NAMES
 from ..lab.errors import ShapeError
-from .objective import NOT_JUDGED, Annotations, relative_depth
+from .objective import Annotations, relative_depth
 
 # %% ../../nbs/synthforge/14_annotated.ipynb #scheme
 SYNTH20 = (*REGION_NAMES, "background")
