@@ -95,18 +95,29 @@ def test_another_seed_is_other_bytes(whole, tmp_path):
 
 
 def test_killed_at_random_and_resumed_nothing_is_lost_or_doubled(whole, tmp_path):
-    rng, folder, kills = np.random.default_rng(0), tmp_path / "killed", 0
-    for _ in range(40):
-        child = in_child(lambda: write_shards(folder, PLAN, slow, workers=2, batch=2, every=1e9))
-        time.sleep(0.05 + 0.25 * rng.random())
-        if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-            kills += 1
-        child.join()
-        if child.exitcode == 0:
+    "Eight kills, each a random number of faces and milliseconds after the start; then one run to the end."
+    rng, folder, made = np.random.default_rng(0), tmp_path / "killed", multiprocessing.get_context("fork").Value("i", 0)
+
+    def counting(numbers):
+        time.sleep(0.01)
+        made.value += len(numbers)
+        return make(numbers)
+
+    kept = []
+    for _ in range(8):
+        made.value = 0
+        child = in_child(lambda: write_shards(folder, PLAN, counting, workers=2, batch=1, every=1e9))
+        target, until = int(rng.integers(0, 8)), time.monotonic() + 60
+        while made.value < target and child.is_alive() and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.02 * rng.random())
+        if not child.is_alive():
             break
-    assert kills >= 3, "the kills came too late to show anything"
-    assert write_shards(folder, PLAN, slow, every=1e9) and contents(folder) == contents(whole)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kept.append(sum(is_written(folder, shard) for shard in range(PLAN.shards)))
+    assert len(kept) >= 5 and kept == sorted(kept) and kept[-1] > 0, kept  # work is kept from kill to kill
+    assert write_shards(folder, PLAN, make, every=1e9) and contents(folder) == contents(whole)
     assert [face.facts["number"] for face in read_shards(folder).items()] == [n for n in range(23) if n != 9]
 
 
