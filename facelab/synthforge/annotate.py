@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HeadTopology', 'pixel_labels', 'front_depth', 'seen_past_mesh', 'seen_in_depth', 'Annotation', 'annotate',
-           'annotated_faces', 'relabelled']
+           'annotated_faces', 'relabelled', 'world_as_mesh']
 
 # %% ../../nbs/synthforge/40_annotate.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from ..data.truth import Truth
 from ..face.camera import Camera, size_pair
 from ..face.flame import Flame, Points
 from ..face.interpolate import interpolate
 from ..face.morphable import MorphableModel
 from ..face.render import Fragments, Mesh, render
 from ..lab.errors import InputError, ShapeError
-from .annotated import AnnotatedFace
+from .annotated import AnnotatedFace, world_face
 from .uv_labels import UVLabels, complete, uv_labels_of
 
 # %% ../../nbs/synthforge/40_annotate.ipynb #topology
@@ -197,3 +198,16 @@ def relabelled(
         camera = Camera.from_eg3d(torch.tensor([face.facts["camera"]], dtype=torch.float32), unit_mm=1.0)
         found = annotate(topology, verts_of(face)[None], camera, face.size, landmarks=torch.zeros(1, 1, 3))
         yield replace(face, labels=found.labels[0].cpu().numpy())
+
+# %% ../../nbs/synthforge/40_annotate.ipynb #world
+def world_as_mesh(
+    truth: Truth,  # of facelab.data.world
+    topology: HeadTopology,  # of the model
+    model: MorphableModel,  # the procedural head
+) -> AnnotatedFace:
+    "A photo of the embedded world with what its mesh alone knows."
+    code = lambda values: torch.from_numpy(np.asarray(values, np.float32))[None]
+    face, camera = world_face(truth), Camera.from_eg3d(code(truth.cam), unit_mm=1.0)
+    found = annotate(topology, model.verts(code(truth.shape_code), code(truth.exp_code)), camera, face.size)
+    made = annotated_faces(face.image[None], found, camera, [face.name], [face.facts])[0]
+    return replace(made, facts={**made.facts, "shape_code": code(truth.shape_code)[0].tolist(), "exp_code": code(truth.exp_code)[0].tolist()})
