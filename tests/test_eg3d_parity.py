@@ -16,7 +16,7 @@ from facelab.nets.stylegan2 import StyleGAN2Config
 from facelab.nets.stylegan2_discriminator import DiscriminatorConfig, DualDiscriminator, with_deviation
 from facelab.nets.superres import SUPERRES
 from facelab.nets.triplane import NEXT3D_AXES
-from facelab.nets.volume import Draws, VolumeConfig, camera_rays, coarse_depths, fine_depths
+from facelab.nets.volume import RayDraws, VolumeConfig, camera_rays, coarse_depths, fine_depths
 
 SMALL = EG3DConfig(StyleGAN2Config(z_dim=32, embed=16, hidden=48, channel_base=1024, channel_max=8), VolumeConfig(12, 12), SUPERRES["2X"], neural_size=32)
 
@@ -81,7 +81,7 @@ def test_density_and_colour_of_points(small, numbers, planes):
 def test_views(small, numbers, planes, mode):
     net, draws = small, None
     if mode == "random":
-        draws = Draws(numbers["random.u_coarse"][..., 0], numbers["random.u_fine"].view(2, 1024, 12))
+        draws = RayDraws(numbers["random.u_coarse"][..., 0], numbers["random.u_fine"].view(2, 1024, 12))
     if mode == "coarse_mid":
         net = Generator(replace(SMALL, volume=VolumeConfig(12, 0))).eval().requires_grad_(False)
         net.load_state_dict(small.state_dict())

@@ -13,10 +13,10 @@ from facelab.gptface.guidance_toy import COUNTS, FIRST, LAYOUT, METHODS, ToyTrai
 from facelab.gptface.masking import random_mask, span_mask
 from facelab.gptface.model import GPTFaceConfig, build_gptface, load_gptface, save_gptface
 from facelab.gptface.pretrain import held_out
-from facelab.gptface.tokens import Layout, Sequences, Vocabulary, join
+from facelab.gptface.tokens import TokenLayout, Sequences, Vocabulary, join
 from facelab.lab.errors import InputError, ShapeError
 
-GRID = Layout(words=20, codes=12, rows=5, cols=6, text=4, pad=0, unk=1, cls=2, sep=3, mask=4)
+GRID = TokenLayout(words=20, codes=12, rows=5, cols=6, text=4, pad=0, unk=1, cls=2, sep=3, mask=4)
 K = {k: Decoding(schedule="k", k=k) for k in (1, 2, 3, 8, 40)}
 PLAIN = Guidance(kind="none")
 
@@ -298,7 +298,7 @@ def test_all_weights_guide_too_and_the_default_hits_as_often(toy):
 
 
 def test_costs_are_counted_from_the_iterations_that_are_done():
-    lay = Layout(words=50, codes=32, rows=6, cols=6, text=4, pad=0, unk=1, cls=2, sep=3, mask=4)
+    lay = TokenLayout(words=50, codes=32, rows=6, cols=6, text=4, pad=0, unk=1, cls=2, sep=3, mask=4)
     model = small(lay)
     seq, region = join(lay, torch.zeros(1, 6, 6, dtype=torch.long), torch.tensor([[7, 8, 9, 9]])), torch.ones(1, 6, 6, dtype=torch.bool)
     hidden = image_region(lay, region)

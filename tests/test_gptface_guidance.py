@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from facelab.gptface.decode import Decoding, decode, fill_region
 from facelab.gptface.guidance import SCOPES, UPDATES, Guidance, Steering, scope_names, step_of
 from facelab.gptface.model import GPTFaceConfig, build_gptface
-from facelab.gptface.tokens import Layout, Sequences, join
+from facelab.gptface.tokens import TokenLayout, Sequences, join
 from facelab.lab.errors import InputError
 
-LAYOUT = Layout(words=20, codes=12, rows=3, cols=4, text=5, pad=0, unk=1, cls=2, sep=3, mask=4)
+LAYOUT = TokenLayout(words=20, codes=12, rows=3, cols=4, text=5, pad=0, unk=1, cls=2, sep=3, mask=4)
 NONE = torch.zeros(1, 0, dtype=torch.long)
 
 

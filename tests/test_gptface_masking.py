@@ -10,7 +10,7 @@ from scipy.ndimage import label
 
 from facelab.gptface import masking
 from facelab.gptface.masking import ImageBudget, Masking, block_mask, draw_hidden, hide, neighbours, random_mask, span_lengths, span_mask, text_count, text_random, text_span
-from facelab.gptface.tokens import Layout, Vocabulary, join, text_ids
+from facelab.gptface.tokens import TokenLayout, Vocabulary, join, text_ids
 from facelab.lab.errors import InputError
 
 
@@ -144,4 +144,4 @@ def test_a_budget_that_does_not_fit():
                 draw(4, 4, count, np.random.default_rng(0))
     with pytest.raises(InputError):
         Masking(image_else="spans")
-    assert Layout().positions == 507
+    assert TokenLayout().positions == 507

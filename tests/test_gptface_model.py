@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from facelab.gptface.model import GluBlock, GPTFace, GPTFaceConfig, build_gptface, count_parameters, load_gptface, own_view, put_weights, replace_weights, rows_of, save_gptface
-from facelab.gptface.tokens import SPECIALS, Layout, Vocabulary, codes_of, join, learn_pieces, tag_template, tags_in, text_ids
+from facelab.gptface.tokens import SPECIALS, TokenLayout, Vocabulary, codes_of, join, learn_pieces, tag_template, tags_in, text_ids
 from facelab.lab.errors import AssetError, InputError, ShapeError
 
 TEXTS = ["A man with black hair, smiling.", "Two women: one in a Café", "tags: man, hair, hat", "3 Ways to the naïve über-smile!", "the end"]
-LAYOUT = Layout(words=20, codes=12, rows=3, cols=4, text=5, pad=0, unk=1, cls=2, sep=3, mask=4)
+LAYOUT = TokenLayout(words=20, codes=12, rows=3, cols=4, text=5, pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
 def small(**changes):
@@ -47,7 +47,7 @@ def paper_vocabulary():
 def test_the_papers_layout():
     vocab = paper_vocabulary()
     layout = vocab.layout(8192, 21, 21)
-    assert layout == Layout() and (layout.positions, layout.ids, layout.tokens) == (507, 38714, 441)
+    assert layout == TokenLayout() and (layout.positions, layout.ids, layout.tokens) == (507, 38714, 441)
     template = tag_template(vocab, layout)
     assert int(template.ne(layout.pad).sum()) == 61 and int(template.eq(layout.mask).sum()) == 30
     seq = join(layout, torch.full((1, 21, 21), 8191), template[None])
@@ -112,7 +112,7 @@ def test_codes_come_back_and_masks_do_not():
     assert torch.equal(codes_of(LAYOUT, seq.ids), codes) and seq.ids.dtype == torch.long
     with pytest.raises(ShapeError):
         codes_of(LAYOUT, seq.ids.masked_fill(seq.ids.eq(seq.ids[0, 1]), LAYOUT.mask))
-    big = Layout(codes=8192)
+    big = TokenLayout(codes=8192)
     assert int(join(big, torch.full((1, 441), 8191, dtype=torch.int16)).ids.max()) == 38713  # 16-bit codes do not overflow
 
 
@@ -145,7 +145,7 @@ def test_a_plain_layer_is_as_large_as_berts():
 
 
 def test_mini_is_small():
-    assert 1.5e6 < count_parameters(GPTFaceConfig.mini(Layout(600, 256, 8, 8, 16, 0, 1, 2, 3, 4)))["total"] < 2.5e6
+    assert 1.5e6 < count_parameters(GPTFaceConfig.mini(TokenLayout(600, 256, 8, 8, 16, 0, 1, 2, 3, 4)))["total"] < 2.5e6
 
 
 # ---- the network ------------------------------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_files_that_do_not_fit(tmp_path):
     save_gptface(tmp_path, model)
     for name, value in (("codes", 64), ("rows", 8), ("words", 30)):
         with pytest.raises(InputError, match=f"trained with {name} = "):
-            load_gptface(tmp_path, Layout(**{**vars(LAYOUT), name: value}))
+            load_gptface(tmp_path, TokenLayout(**{**vars(LAYOUT), name: value}))
     Vocabulary((*SPECIALS, "a")).write(tmp_path)
     with pytest.raises(InputError, match="6 pieces"):
         load_gptface(tmp_path)

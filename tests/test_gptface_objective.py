@@ -12,10 +12,10 @@ from facelab.gptface.masking import Hiding, ImageBudget, Masking, draw_hidden, h
 from facelab.gptface.model import GPTFaceConfig, build_gptface, load_gptface, save_gptface
 from facelab.gptface.objective import MilmItm, itm_loss, judged_pairs, milm, mismatch, other_texts, pretrain_losses
 from facelab.gptface.pretrain import Pretraining, Rise, TokenSet, held_out, pair_stream, picture, pretrain, token_set, weight_groups
-from facelab.gptface.tokens import Layout, Sequences, Vocabulary, join
+from facelab.gptface.tokens import TokenLayout, Sequences, Vocabulary, join
 from facelab.lab.errors import InputError, ShapeError
 
-LAYOUT = Layout(words=20, codes=12, rows=3, cols=4, text=5, pad=0, unk=1, cls=2, sep=3, mask=4)
+LAYOUT = TokenLayout(words=20, codes=12, rows=3, cols=4, text=5, pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
 def small(seed=0, layout=LAYOUT, **changes):

@@ -27,7 +27,7 @@ from facelab.synthforge.evaluate import (
 )
 from facelab.synthforge.metrics import TABLE2, TABLE3, class_counts, curve_area, f1_of, f1_rows, failure_rate, landmark_nme, nme_rows
 from facelab.synthforge.model import MINI, FineTuned, LabelConfig, SyntheticBackbone
-from facelab.synthforge.predictor import Answer, DetectorPredictor, FunctionPredictor, NetPredictor, Predictor
+from facelab.synthforge.predictor import Prediction, DetectorPredictor, FunctionPredictor, NetPredictor, Predictor
 
 CLASSES = ("background", "skin", "hair")
 
@@ -213,7 +213,7 @@ def test_failures_are_counted_and_scored_broken_truth_is_left_out():
     def moody(picture):
         if picture[50, 110, 0] == 0 and picture[50, 80, 0]:  # the later scenes
             raise InputError("moody", "a face at the right", "one at the left", "None.")
-        return Answer(labels=reads(picture), landmarks_2d=faces[0].landmarks_2d)
+        return Prediction(labels=reads(picture), landmarks_2d=faces[0].landmarks_2d)
 
     result = evaluate(FunctionPredictor("moody", moody), [*faces, empty, foreign, blind], WHOLE, Scoring(CLASSES))
     assert [name for name, _ in result.left_out.items] == ["empty", "foreign", "blind"]
@@ -229,7 +229,7 @@ def test_one_bad_picture_of_a_batch_costs_one_answer():
     def fussy(pictures):
         if any(p.max() == 200 and (p == 200).mean() > 0.5 for p in pictures):
             raise InputError("fussy", "a picture full of hair", "a face", "None.")
-        return [Answer(labels=reads(p)) for p in pictures]
+        return [Prediction(labels=reads(p)) for p in pictures]
 
     full = AnnotatedFace("full", np.full((40, 40, 3), 200, np.uint8), np.full((40, 40), 2, np.uint8))
     fussy.name, fussy.size = "fussy", 48

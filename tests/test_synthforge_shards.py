@@ -21,7 +21,7 @@ from facelab.face.align import FLIP68
 from facelab.lab.errors import AssetError, InputError, Skipped
 from facelab.lab.images import read_image
 from facelab.synthforge.annotated import AnnotatedFace
-from facelab.synthforge.layouts import Layout, write_layout
+from facelab.synthforge.layouts import SetLayout, write_layout
 from facelab.synthforge.shard_set import check_shards, read_shards
 from facelab.synthforge.shards import PARTS, ShardPlan, encode_face, is_written, png_bytes, write_shards
 
@@ -331,21 +331,21 @@ def test_make_has_to_answer_each_number(tmp_path):
 
 def test_layouts_from_shards(whole, tmp_path):
     faces = read_shards(whole)
-    assert write_layout(faces.items(), tmp_path / "w", Layout("300w", "ibug")) == 22
+    assert write_layout(faces.items(), tmp_path / "w", SetLayout("300w", "ibug")) == 22
     back = [*read_w300(tmp_path / "w", "challenging").items()]
     assert len(back) == 22 and np.abs(back[9].landmarks_2d - face_of(10).landmarks_2d).max() < 2e-3
-    assert write_layout(faces.items(), tmp_path / "l", Layout("lapa", "test", ids=(1, 10, 6, 0))) == 22
+    assert write_layout(faces.items(), tmp_path / "l", SetLayout("lapa", "test", ids=(1, 10, 6, 0))) == 22
     labels = read_image(tmp_path / "l/test/labels/000009_0.png", "labels")
     assert np.array_equal(labels, np.array([1, 10, 6, 0])[face_of(10).labels])
     names = ("background", "skin", "hair", "nose")
-    assert write_layout(faces.items(), tmp_path / "c", Layout("celebamask", ids=(1, 2, 3, 0), names=names, mask_side=48)) == 22
+    assert write_layout(faces.items(), tmp_path / "c", SetLayout("celebamask", ids=(1, 2, 3, 0), names=names, mask_side=48)) == 22
     hair = read_image(tmp_path / "c/CelebAMask-HQ-mask-anno/0/00009_hair.png", "L")
     assert hair.shape == (48, 48) and np.array_equal(hair[::2, ::2] > 0, face_of(10).labels == 1)
 
 
 def test_coco_is_consistent(whole, tmp_path):
     names = ("background", "skin", "hair", "nose")
-    write_layout(read_shards(whole).items(), tmp_path / "o", Layout("coco", ids=(1, 2, 3, 0), names=names))
+    write_layout(read_shards(whole).items(), tmp_path / "o", SetLayout("coco", ids=(1, 2, 3, 0), names=names))
     points, panoptic = (json.loads((tmp_path / "o/annotations" / f"{kind}_train.json").read_text()) for kind in ("face_keypoints", "panoptic"))
     true = face_of(10)
     row = next(a for a in points["annotations"] if a["image_id"] == 9)
@@ -364,7 +364,7 @@ def test_coco_is_consistent(whole, tmp_path):
 
 def test_what_a_layout_cannot_hold_is_counted(tmp_path):
     bare, left = AnnotatedFace("bare", face_of(0).image), Skipped()
-    assert write_layout([face_of(1), bare], tmp_path / "l", Layout("lapa"), left) == 1 and left.items[0][0] == "bare"
+    assert write_layout([face_of(1), bare], tmp_path / "l", SetLayout("lapa"), left) == 1 and left.items[0][0] == "bare"
     with pytest.raises(InputError, match="without labels"):
-        write_layout([bare], tmp_path / "x", Layout("lapa"))
+        write_layout([bare], tmp_path / "x", SetLayout("lapa"))
     assert len(FLIP68) == 68

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .guidance import Guidance, Steering
 from .model import GPTFace
-from .tokens import Layout, Sequences, Vocabulary, codes_of, join, tag_template, tags_in
+from .tokens import TokenLayout, Sequences, Vocabulary, codes_of, join, tag_template, tags_in
 from ..lab.batches import seed_of
 from ..lab.errors import InputError, ShapeError
 
@@ -57,7 +57,7 @@ class Decoding:
 
 # %% ../../nbs/gptface/52_decode.ipynb #edge
 def modality(
-    layout: Layout,
+    layout: TokenLayout,
     hidden: Bool[Tensor, "b n"],
     attend: Bool[Tensor, "b n"],
 ) -> str:  # "codes" or "words"
@@ -83,7 +83,7 @@ def beside(
 
 
 def edge_of(
-    layout: Layout,
+    layout: TokenLayout,
     hidden: Bool[Tensor, "b n"],
     attend: Bool[Tensor, "b n"],
     part: str,  # "codes" or "words"
@@ -278,7 +278,7 @@ def empty_trace() -> pd.DataFrame:
 
 # %% ../../nbs/gptface/52_decode.ipynb #region
 def image_region(
-    layout: Layout,
+    layout: TokenLayout,
     region: Bool[Tensor, "b h w"],  # True where to fill in
     length: int | None = None,  # of the sequences; the layout's by default
 ) -> Bool[Tensor, "b n"]:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .tokens import Layout, Sequences
+from .tokens import TokenLayout, Sequences
 from ..lab.errors import InputError
 
 # %% ../../nbs/gptface/14_masking.ipynb #budget
@@ -195,7 +195,7 @@ class Hiding(NamedTuple):
 
 
 def hide(
-    layout: Layout,
+    layout: TokenLayout,
     sequences: Sequences,
     hidden: Bool[Tensor, "b n"],
 ) -> Hiding:
@@ -204,7 +204,7 @@ def hide(
 
 # %% ../../nbs/gptface/14_masking.ipynb #draw
 def draw_hidden(
-    layout: Layout,
+    layout: TokenLayout,
     sequences: Sequences,
     masking: Masking,
     step: int,  # of the training, for the budget

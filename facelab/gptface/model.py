@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .tokens import Layout, Vocabulary
+from .tokens import TokenLayout, Vocabulary
 from ..lab.arrays import read_safetensors, safetensors_metadata, write_safetensors
 from ..lab.errors import InputError, ShapeError
 
@@ -31,7 +31,7 @@ GATES = ("sigmoid", "gelu", "none")
 class GPTFaceConfig:
     "Sizes of a GPTFace; the defaults are the paper's."
 
-    layout: Layout = field(default_factory=Layout)
+    layout: TokenLayout = field(default_factory=TokenLayout)
     layers: int = 12  # paper 4.1
     width: int = 768  # paper 4.1
     heads: int = 12  # paper 4.1
@@ -55,10 +55,10 @@ class GPTFaceConfig:
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise InputError("GPTFaceConfig", f"unknown {', '.join(unknown)}", ", ".join(f.name for f in fields(cls)), "Correct the configuration.")
         layout = values.get("layout", {})
-        return cls(**{**values, "layout": layout if isinstance(layout, Layout) else Layout.of(layout)})
+        return cls(**{**values, "layout": layout if isinstance(layout, TokenLayout) else TokenLayout.of(layout)})
 
     @classmethod
-    def mini(cls, layout: Layout, **changes) -> "GPTFaceConfig":
+    def mini(cls, layout: TokenLayout, **changes) -> "GPTFaceConfig":
         "What two cores train in minutes: 2 million weights (ours)."
         return cls(**{"layout": layout, "layers": 4, "width": 192, "heads": 6, "ffn_dim": 512} | changes)
 
@@ -236,7 +236,7 @@ def save_gptface(
 
 def load_gptface(
     folder: str | Path,  # has model.safetensors, and vocab.txt where there are texts
-    layout: Layout | None = None,  # what the model must fit: image codes of this many kinds on this grid
+    layout: TokenLayout | None = None,  # what the model must fit: image codes of this many kinds on this grid
 ) -> tuple[GPTFace, Vocabulary | None]:
     "Read a model in eval mode. Raises `InputError` where it was trained for other codes, another grid or other words."
     path = Path(folder) / "model.safetensors"

@@ -23,7 +23,7 @@ from torch import Tensor
 from .masking import Masking, draw_hidden, hide
 from .model import GPTFace
 from .objective import MilmItm, milm, other_texts, pretrain_losses
-from .tokens import Layout, Vocabulary, join, text_ids
+from .tokens import TokenLayout, Vocabulary, join, text_ids
 from ..lab.errors import InputError, ShapeError
 from ..lab.schedule import check_steps
 from ..lab.train import Every, Items, Player, Step, Stream, TrainConfig, TrainResult, Training, train
@@ -62,7 +62,7 @@ class TokenSet(NamedTuple):
 
 def token_set(
     vocab: Vocabulary,
-    layout: Layout,
+    layout: TokenLayout,
     codes: Int[Tensor, "n h w"],  # of the images
     captions: Sequence[str],  # one each
 ) -> TokenSet:
@@ -89,7 +89,7 @@ def picture(
 def collate_pairs(
     pairs: list,  # of (image, caption)
     vocab: Vocabulary,
-    layout: Layout,
+    layout: TokenLayout,
 ) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, "b m"]]:
     "Images and ids of a batch."
     images = [picture(image) for image, _ in pairs]
@@ -101,7 +101,7 @@ def collate_pairs(
 def pair_stream(
     pairs: Iterable | Callable[[int, int, int, int], Iterator],  # of (image, caption)
     vocab: Vocabulary,
-    layout: Layout,
+    layout: TokenLayout,
 ) -> Stream:
     "A stream of pairs as a source of the training loop."
 

@@ -19,7 +19,7 @@ from .modulated import Changes, check_changes
 from .stylegan2 import StyleGAN2, StyleGAN2Config
 from .superres import SUPERRES, Superresolution, SuperresConfig
 from .triplane import OSGDecoder, sample_planes
-from .volume import Draws, Rendering, VolumeConfig, camera_rays, random_draws, render_rays
+from .volume import RayDraws, VolumeRendering, VolumeConfig, camera_rays, random_draws, render_rays
 
 # %% ../../nbs/nets/78_eg3d.ipynb #config
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Generator(nn.Module):
         planes: Float[Tensor, "n p c h w"],
         cam: Float[Tensor, "b 25"],  # as many as planes; or any number, of one head
         neural_size: int | None = None,  # rays a side; None: the configuration's
-        draws: Draws | torch.Generator | None = None,
+        draws: RayDraws | torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "b k r r"], Float[Tensor, "b 1 r r"], Float[Tensor, "b 1 r r"]]:  # features, depth, alpha
         "What the rays of these cameras gather."
         size, b = neural_size or self.config.neural_size, len(cam)
@@ -145,9 +145,9 @@ class Generator(nn.Module):
         origins, directions = (by_column(ray) for ray in camera_rays(cam, size))
         if isinstance(draws, torch.Generator):
             draws = random_draws(b, size * size, self.config.volume, draws)
-        if isinstance(draws, Draws):
-            draws = Draws(*(by_column(part) for part in draws))
-        seen: Rendering = render_rays(planes, self.decoder, origins, directions, self.config.volume, draws)
+        if isinstance(draws, RayDraws):
+            draws = RayDraws(*(by_column(part) for part in draws))
+        seen: VolumeRendering = render_rays(planes, self.decoder, origins, directions, self.config.volume, draws)
         as_image = lambda rows: rows.reshape(b, size, size, -1).permute(0, 3, 2, 1)
         return as_image(seen.features), as_image(seen.depth), as_image(seen.alpha)
 
@@ -157,7 +157,7 @@ class Generator(nn.Module):
         ws: Float[Tensor, "n l d"],
         cam: Float[Tensor, "b 25"],  # as many as heads; or any number, of one head
         neural_size: int | None = None,
-        draws: Draws | torch.Generator | None = None,
+        draws: RayDraws | torch.Generator | None = None,
         changes: Changes | None = None,
     ) -> Rendered:
         "Views of heads whose planes are known."
@@ -172,7 +172,7 @@ class Generator(nn.Module):
         cam: Float[Tensor, "b 25"],  # EG3D's labels
         neural_size: int | None = None,  # rays a side; None: the configuration's
         noise: str = "const",  # or "random", "none"
-        draws: Draws | torch.Generator | None = None,  # of the renderer; None: the middle of each part
+        draws: RayDraws | torch.Generator | None = None,  # of the renderer; None: the middle of each part
         changes: Changes | None = None,  # of people
     ) -> Rendered:
         "Styles to views."

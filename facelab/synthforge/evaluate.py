@@ -26,7 +26,7 @@ from ..lab.record import Row
 from ..nets.landmarks import BaseLandmarks
 from .metrics import class_counts, f1_rows, landmark_nme, nme_rows
 from .objective import NOT_JUDGED
-from .predictor import Answer, Predictor
+from .predictor import Prediction, Predictor
 
 # %% ../../nbs/synthforge/62_evaluate.ipynb #crop
 CROPS = ("landmarks", "labels", "detector", "picture")
@@ -93,7 +93,7 @@ def square_of(
 
 # %% ../../nbs/synthforge/62_evaluate.ipynb #back
 def labels_back(
-    answer: Answer,
+    answer: Prediction,
     crop: FaceCrop | None,  # None: the answer is of the whole picture
     picture: tuple[int, int],  # height, width of the picture
     size: tuple[int, int],  # height, width of the label map
@@ -163,7 +163,7 @@ def asked(
     predictor: Predictor,
     items: Sequence[Any],
     choice: CropChoice,
-) -> Iterator[tuple[Any, FaceCrop | None, Answer | InputError]]:
+) -> Iterator[tuple[Any, FaceCrop | None, Prediction | InputError]]:
     "Crops and answers of some pictures; an error in place of an answer that did not come."
     cut: list[tuple[Any, FaceCrop | None, Any]] = []
     for item in items:
@@ -181,7 +181,7 @@ def asked(
         yield item, crop, error if error is not None else next(answers)
 
 
-def _alone(predictor: Predictor, picture: np.ndarray) -> Answer | InputError:
+def _alone(predictor: Predictor, picture: np.ndarray) -> Prediction | InputError:
     "The answer to one picture, or the error."
     try:
         return predictor([picture])[0]
@@ -207,7 +207,7 @@ def check_truth(
 def score_labels(
     item: Any,  # with labels
     crop: FaceCrop | None,
-    answer: Answer | InputError,
+    answer: Prediction | InputError,
     scoring: Scoring,
 ) -> np.ndarray:  # 3 k
     "What one picture adds to the confusion matrix. Raises `ShapeError` for a class that the table lacks."
@@ -229,7 +229,7 @@ def score_labels(
 def score_points(
     item: Any,  # with landmarks_2d
     crop: FaceCrop | None,
-    answer: Answer | InputError,
+    answer: Prediction | InputError,
     scoring: Scoring,
 ) -> float:  # percent; inf where there is no answer
     "NME of one face."
