@@ -50,7 +50,8 @@ class Distillation:
     early: float = 0.4  # share of the steps without super-resolution, on some rays
     rays: int = 320  # of a view, in the early steps
     samples: tuple[int, int] = (8, 8)  # along a ray
-    guided: float = 0.5  # share of the later steps whose second samples are at the true depth
+    guided_samples: tuple[int, int] = (4, 6)  # the same where the second ones are about the true depth
+    guided: float = 0.5  # share of the later steps that are guided so; the early ones all are
     rate: float = 1.5e-2  # Adam
     rate_floor: float = 0.03  # share of the rate at the end
     warmup: int = 50
@@ -65,14 +66,15 @@ class Distillation:
     device: str = "auto"
 
     def __post_init__(self):
-        object.__setattr__(self, "samples", tuple(self.samples))
-        if min(self.steps, self.heads, self.views, self.rays, *self.samples) < 1 or not 0 <= self.early < 1 or self.rays > self.net.neural_size**2:
+        for name in ("samples", "guided_samples"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if min(self.steps, self.heads, self.views, self.rays, *self.samples, *self.guided_samples) < 1 or not 0 <= self.early < 1 or self.rays > self.net.neural_size**2:
             raise InputError("Distillation", f"{self.steps} steps of {self.heads} heads x {self.views} views, {self.rays} rays, early {self.early}", f"one or more of each, at most {self.net.neural_size**2} rays, early below 1", "Look at the defaults.")
 
-    @property
-    def volume(self) -> VolumeConfig:
+    def volume(self, guided: bool) -> VolumeConfig:
         "The renderer while training."
-        return replace(self.net.volume, coarse=self.samples[0], fine=self.samples[1])
+        coarse, fine = self.guided_samples if guided else self.samples
+        return replace(self.net.volume, coarse=coarse, fine=fine)
 
     @property
     def early_steps(self) -> int:
@@ -202,7 +204,7 @@ def ray_loss(
     origins, directions = (pick(part) for part in camera_rays(batch.cams, batch.alpha.shape[-1]))
     raw, weight = (pick(part.flatten(2).mT) for part in (batch.raw, batch.raw_weight))
     alpha, depth = (pick(part.flatten(1)[..., None])[..., 0] for part in (batch.alpha, batch.depth))
-    volume = config.volume
+    volume = config.volume(True)
     draws = RayDraws(torch.rand(b, origins.shape[1], volume.coarse, generator=generator, device=origins.device), torch.zeros(b, origins.shape[1], volume.fine, device=origins.device))
     seen = render_rays(planes, net.decoder, origins, directions, volume, draws, guide_depths(depth, volume, generator))
     terms = {"raw": ((seen.features[..., :3] - 2 * raw + 1).abs() * weight.clamp(max=2)).mean()} | space_losses(config, seen.alpha, seen.depth, alpha, depth)
@@ -219,7 +221,7 @@ def picture_loss(
     "A later step: whole pictures."
     b, n, r = len(batch.z), len(batch.cams), batch.alpha.shape[-1]
     ws = net.mapping(batch.z)
-    planes, volume = net.planes(ws), config.volume
+    planes, volume = net.planes(ws), config.volume(guided)
     origins, directions = (part.reshape(b, -1, 3) for part in camera_rays(batch.cams, r))
     depth = batch.depth.reshape(b, -1)
     draws = RayDraws(*(torch.rand(b, origins.shape[1], count, generator=generator, device=origins.device) for count in (volume.coarse, volume.fine)))
