@@ -156,11 +156,11 @@ def sheet(
 def reel(
     path: str | Path,  # ends in .gif
     frames: Float[Tensor, "n 3 s s"],  # about -1..1
-    second: float = 12.0,  # frames a second
+    rate: float = 12.0,  # frames a second
     scale: int = 3,  # pixels are repeated this often
 ) -> Path:
     "A film, forth and back."
     path, pages = Path(path), [Image.fromarray(np.kron(sheet([frame[None]]), np.ones((scale, scale, 1), np.uint8))) for frame in [*frames, *frames.flip(0)[1:-1]]]
     with atomic_write(path, "wb") as file:
-        pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], duration=int(1000 / second), loop=0)
+        pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], duration=int(1000 / rate), loop=0)
     return path

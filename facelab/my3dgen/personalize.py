@@ -41,7 +41,7 @@ class PersonalConfig:
 PERSONAL = {
     "paper": PersonalConfig(),
     "mini": PersonalConfig(
-        inversion=InversionConfig(steps=60, rate=0.08, cooldown=0.5, noise=0.0, loss=SMALL_LOSS),
+        inversion=InversionConfig(steps=60, rate=0.08, cooldown=0.5, noise=0.0, later=0.5, loss=SMALL_LOSS),
         tuning=TuneConfig(steps=150, rate=5e-3, betas=(0.9, 0.99), cosine=True, loss=SMALL_LOSS),
     ),  # ours
 }  # fmt: skip

@@ -7,7 +7,7 @@ __all__ = ['average_style', 'InversionConfig', 'ProjectorRamp', 'FreeStyles', 'f
 
 # %% ../../nbs/my3dgen/43_styles.ipynb #imports
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,13 @@ class InversionConfig:
     cooldown: float = 0.25  # share of the steps in which it falls, as a cosine  # authors' code (projector)
     noise: float = 0.05  # on the style, in deviations, gone after three quarters  # authors' code (projector)
     space: str = "w"  # or w+
+    later: float = 1.0  # share of the steps of later groups, which then begin at the first one's mean: for photos of one person; 1: all begin alike  # ours
     group: int = 8  # photos at a time; changes nothing but which noise is drawn  # ours
     loss: PhotoLoss = PhotoLoss()
 
     def __post_init__(self):
-        if self.space not in ("w", "w+") or self.steps < 1 or self.group < 1 or not 0 < self.rate:
-            raise InputError("InversionConfig", f"space {self.space!r}, {self.steps} steps, groups of {self.group}, rate {self.rate}", "w or w+, 1 or more, a rate above 0", "Correct the profile.")
+        if self.space not in ("w", "w+") or self.steps < 1 or self.group < 1 or not 0 < self.rate or not 0 < self.later <= 1:
+            raise InputError("InversionConfig", f"space {self.space!r}, {self.steps} steps, groups of {self.group}, rate {self.rate}, later {self.later}", "w or w+, 1 or more, a rate above 0, later in 0..1", "Correct the profile.")
 
 # %% ../../nbs/my3dgen/43_styles.ipynb #ramp
 @dataclass(frozen=True)
@@ -175,9 +176,12 @@ def invert(
     found, losses = [], []
     for at in range(0, len(photos), config.group):
         some = slice(at, at + config.group)
-        module = FreeStyles(start[some].to(mean), config.space)
+        how, first = config, start[some]
+        if found and config.later < 1:
+            how, first = replace(config, steps=max(1, int(config.steps * config.later))), found[0].mean(0, keepdim=True).expand_as(first)
+        module = FreeStyles(first.to(mean), config.space)
         folder = None if scratch is None else Path(scratch) / f"photos_{at:03d}"
         many = f" {at + 1}-{min(at + config.group, len(photos))} of {len(photos)}"
-        losses.append(fit_styles(generator, module, photos[some], cams[some], config, spread, adapter, folder, seed, label + many, device))
+        losses.append(fit_styles(generator, module, photos[some], cams[some], how, spread, adapter, folder, seed, label + many, device))
         found.append(module().detach().cpu())
     return Inverted(torch.cat(found), torch.cat(losses))
