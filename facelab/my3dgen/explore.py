@@ -9,7 +9,6 @@ __all__ = ['EDITS', 'SIDES', 'mouth_open', 'measured_on', 'Explored', 'explore_s
 # %% ../../nbs/my3dgen/72_explore.ipynb #imports
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

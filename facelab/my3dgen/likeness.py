@@ -8,7 +8,6 @@ __all__ = ['psnr', 'ssim', 'identity_cosine', 'same_person', 'diversity', 'depth
 # %% ../../nbs/my3dgen/60_likeness.ipynb #imports
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from skimage.metrics import structural_similarity

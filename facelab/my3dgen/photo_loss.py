@@ -9,7 +9,6 @@ __all__ = ['PhotoLoss', 'resized', 'photo_terms']
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F

@@ -6,7 +6,6 @@
 __all__ = ['average_style', 'InversionConfig', 'ProjectorRamp', 'FreeStyles', 'fit_styles', 'Inverted', 'check_styles', 'invert']
 
 # %% ../../nbs/my3dgen/43_styles.ipynb #imports
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 

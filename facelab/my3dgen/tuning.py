@@ -7,7 +7,6 @@ __all__ = ['PTI', 'TuneConfig', 'full_weights', 'tune', 'tune_whole', 'pivotal']
 
 # %% ../../nbs/my3dgen/44_tuning.ipynb #imports
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
