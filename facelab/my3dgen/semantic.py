@@ -112,7 +112,7 @@ def person_of(
     number: Mapping[str, float],  # by name
 ) -> Person:
     "Somebody of these numbers."
-    male, side = number["sex"] > 0, float(np.tanh(1.5 * number["sex"]))
+    male, side = bool(number["sex"] > 0), float(np.tanh(1.5 * number["sex"]))
     age, tone = float(18 + 62 * beta.ppf(norm.cdf(number["age"]), 1.25, 2.2)), float(beta.ppf(norm.cdf(number["tone"]), 1.1, 1.6))
     modes = dict.fromkeys(shape_basis().names, 0.0) | {name: float(np.clip(0.9 * number[name], -2.3, 2.3)) for name in SHAPES}
     old = max(age - 45.0, 0.0) / 35.0
