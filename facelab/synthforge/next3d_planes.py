@@ -35,7 +35,7 @@ FRAMES = {"flame": MeshFrame(), "head": MeshFrame(2 / EG3D_UNIT_MM, (0.0, 0.0, 0
 
 def before_camera(
     points: Float[Tensor, "b n 3"],  # x right, y up, z to the viewer
-    angles: tuple[float, float, float],  # degrees
+    angles: tuple[int, int, int],  # degrees
     frame: MeshFrame,
 ) -> Float[Tensor, "b n 3"]:  # the rasteriser's: x left, y up, z the depth; row 0 of the view is the lowest y
     "A mesh before the orthographic camera (authors' code: rows times Rz Ry Rx, y down)."
