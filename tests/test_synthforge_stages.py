@@ -118,7 +118,7 @@ def test_expression_moves_answer_the_code():
 @pytest.mark.parametrize("why", ["outside", "detector", "nobody"])
 def test_rejection_counts_its_reasons(why):
     maker = open_generator(GREY.generator, CODE_RANGES, 16)
-    rejection = {"outside": Rejection(0), "detector": Rejection(None, 11.0, 3), "nobody": Rejection(None, 11.0, 2)}[why]
+    rejection = {"outside": Rejection(0), "detector": Rejection(None, 14.5, 20), "nobody": Rejection(None, 11.0, 2)}[why]
     detector = {"outside": None, "detector": lambda image: np.full((68, 2), 8.0), "nobody": lambda image: None}[why]
     made = numbered_faces(maker, CODE_RANGES, 0, rejection, detector=detector)(range(30))
     if why == "nobody":

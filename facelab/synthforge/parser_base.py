@@ -9,7 +9,6 @@ __all__ = ['parser_rows', 'make']
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from ..data.embedded import check_world
 from ..lab.base import Base
