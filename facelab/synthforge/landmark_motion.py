@@ -20,7 +20,7 @@ from ..data.semantic import scene_of
 from ..face.camera import Camera
 from ..face.head_expression import clamp_lids, expression_basis, expression_coefficients
 from ..face.morphable import MorphableModel
-from ..lab.errors import ShapeError
+from ..lab.errors import InputError, ShapeError
 from ..lab.record import Row, measured
 from ..nets.next3d import Next3D
 from .next3d_distillation import MeshShots, draw_heads, held_out_psnr, look_of, seen_of
@@ -45,6 +45,8 @@ def patch_shift(
     "Patches about points, found again (ours)."
     if first.shape != second.shape or len(points) != len(first):
         raise ShapeError("patch_shift", f"pictures {tuple(first.shape)} and {tuple(second.shape)}, {len(points)} sets of points", "equal pictures, a set for each", "Resize first.")
+    if not (0 < step <= reach and half >= 1):
+        raise InputError("patch_shift", f"patches of half {half:g}, shifts up to {reach:g} in steps of {step:g}", "half 1 or more, 0 < step <= reach", "All are pixels.")
     h, w = first.shape[2:]
     offsets = torch.arange(-half, half + 0.5, 1.0)
     patch = torch.stack(torch.meshgrid(offsets, offsets, indexing="xy"), -1).view(-1, 2).to(points)
