@@ -130,7 +130,13 @@ def test_default_configuration_has_the_official_weights():
 
 def test_unused_blocks_are_loaded_and_have_no_say(net, head, official):
     io, views = official[0], MeshViews(*(part[:1] for part in head[0]))
-    keys = ["mouth_backbone.synthesis.b4.conv1.weight", "neural_blending.synthesis.b32.conv0.weight", "mouth_backbone.synthesis.fusion.4.weight", "neural_blending.synthesis.fusion.3.weight", "texture_backbone.mapping.fc0.weight"]
+    keys = [
+        "mouth_backbone.synthesis.b4.conv1.weight",
+        "neural_blending.synthesis.b32.conv0.weight",
+        "mouth_backbone.synthesis.fusion.4.weight",
+        "neural_blending.synthesis.fusion.3.weight",
+        "texture_backbone.mapping.fc0.weight",
+    ]
     weights = dict(net.named_parameters())
     before = {key: weights[key].clone() for key in keys}
     assert any(value.abs().sum() > 0 for value in before.values())

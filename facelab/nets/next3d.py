@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from ..lab.errors import InputError, ShapeError
 from .eg3d import EG3DConfig, Generator, Rendered

@@ -6,7 +6,6 @@
 __all__ = ['TOPOLOGY', 'make', 'next3d_from_base', 'open_next3d']
 
 # %% ../../nbs/synthforge/84_next3d_base.ipynb #imports
-from dataclasses import replace
 from pathlib import Path
 
 import torch
