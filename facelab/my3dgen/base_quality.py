@@ -22,8 +22,8 @@ from ..data.scene import Scene, View, sample_photo
 from ..lab.errors import InputError, ShapeError
 from ..lab.record import Row, measured
 from .distillation import draw_from, edge_loss, picture_psnr
-from .semantic import scene_of
-from .views import Actor, Shots, head_numbers, orbit_view, shoot
+from ..data.semantic import scene_of
+from ..data.views import Actor, Shots, head_numbers, orbit_view, shoot
 from ..nets.eg3d import Generator
 from ..nets.embedder import FaceEmbedder, embed_faces
 

@@ -19,7 +19,7 @@ from ..lab.inputs import input_path
 from ..lab.paths import build_dir
 from .base_quality import YAWS, frechet_rows, held_out_heads, inversion_rows, turned_views, view_rows, world_heads
 from .distillation import Distillation, distill
-from .views import draw_shots
+from ..data.views import draw_shots
 from ..nets.eg3d import EG3DConfig, Generator
 from ..nets.eg3d_convert import load_eg3d
 from ..nets.embedder import trained_embedder

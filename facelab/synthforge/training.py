@@ -8,7 +8,7 @@ __all__ = ['MINI_CROPS', 'PAPER_I', 'CODE_I', 'CODE_II', 'MINI_I', 'MINI_II', 'S
 
 # %% ../../nbs/synthforge/45_training.ipynb #imports
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..lab.train import Every, Items, Player, Step, TrainConfig, train
 from .annotated import AnnotatedFace, face_batch
 from .augment import CODE_TRAIN, PAPER_TRAIN, Augment, augment_face, item_rng, still
 from .metrics import class_counts, f1_of, landmark_nme
-from .model import MINI, PAPER, BackboneConfig, FineTuned, LabelConfig, SyntheticBackbone
+from .model import MINI, BackboneConfig, FineTuned, LabelConfig, SyntheticBackbone
 from .objective import CODE_STAGE1, CODE_STAGE2, MINI_WEIGHTS, NOT_JUDGED, PAPER_STAGE1, Annotations, TaskWeights, draw_moves, equivariance_loss, weighted_loss
 from .rates import CODE_RATES1, CODE_RATES2, MINI_RATES, PAPER_RATES, EpochCosine, Rates, grouped, make_adam
 
