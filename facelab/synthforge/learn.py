@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..lab.errors import InputError, Skipped
-from ..lab.files import write_csv
+from ..lab.files import file_sha256, write_csv
 from ..lab.inputs import input_hash, input_path
 from ..lab.record import Row
 from ..lab.run import Job, Outcome
@@ -136,7 +136,8 @@ def one_translator(
 ) -> tuple[str, pd.DataFrame, int, str]:  # name, curve, faces, what was left out
     "Train a translator behind a frozen backbone and write both."
     size, one, skipped = stages_of(job), real_set(job, kind), Skipped()
-    net, _ = read_net(job.checkpoint() / f"{backbone}.safetensors")
+    path = job.checkpoint() / f"{backbone}.safetensors"
+    net, _ = read_net(path)
     assert isinstance(net, SyntheticBackbone)
     faces = cut_faces(one.items("train", skipped), one.crop(), size.cut, skipped=skipped, limit=job.real_faces)
     scheme = one.scheme
@@ -144,7 +145,7 @@ def one_translator(
     name, config = f"{backbone}-{kind}{'-f' if with_features else ''}", replace(size.two, crops=cut_crops(size.two.crops))
     flips = () if scheme is None else scheme.flips
     background = 0 if scheme is None else scheme.parts.index("background")
-    facts = {"data": input_hash(one.root), "order": one.order, "backbone": backbone}
+    facts = {"data": input_hash(one.root), "order": one.order, "backbone": file_sha256(path)}
     done = train_labels(net, faces, labels, config, flips, background, facts=facts, scratch=f"{job.stage}/{name}", label=f"stage II, {name}")
     save_net(job.checkpoint() / f"{name}.safetensors", done.net, "" if scheme is None else scheme.name)
     return name, done.curve, len(faces), "" if not len(skipped) else f"{name}: {skipped.report(len(faces) + len(skipped))}"

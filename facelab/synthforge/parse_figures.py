@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from ..data.label_sets import LabelSet, colour_labels, label_set
 from ..face.morphable import face_model
+from ..lab.errors import Skipped
 from .annotated import AnnotatedFace
 from .model import FineTuned, SyntheticBackbone
 from .objective import NOT_JUDGED
@@ -88,10 +89,10 @@ def parse_figure(
     count: int = 5,
 ) -> Figure:
     "Photo with landmarks of SB and of the translator, true labels, labels of each network, depth of SB."
-    items = one.open("test")
-    some = [items[k] for k in spread_rows(len(items), count)]
-    size = NetPredictor(nets["SB"]).size
-    faces = cut_faces(some, one.crop(margin), size, 1.0)
+    broken, size = Skipped(), NetPredictor(nets["SB"]).size
+    items = one.open("test", broken)
+    some = items.keep(np.array(spread_rows(len(items), count))).items(broken)
+    faces = cut_faces(some, one.crop(margin), size, 1.0, broken)
     schemes = {name: label_set("synthforge") if name == "SB" else one.scheme for name in nets}
     titles = ["SB: landmarks", *(["LF w/ f_s"] if points is not None else []), "true labels", *nets, "SB: depth"]
     figure = Figure(figsize=(1.25 * len(titles), 1.25 * len(faces) + 0.2))
