@@ -9,7 +9,7 @@ __all__ = ['GRADED', 'UNRELATED', 'ndcg', 'average_precision', 'graded_marks', '
 # %% ../../nbs/gptface/66_tagging.ipynb #imports
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from .guidance import Guidance
 from .model import GPTFace
 from .rivals import Rival
 from .tokens import Sequences, Vocabulary, join, tag_template, text_ids
-from ..lab.errors import InputError, ShapeError
+from ..lab.errors import InputError
 from ..lab.files import read_text
 from ..lab.record import Row, measured
 
