@@ -98,6 +98,7 @@ def tag_rankings(
         "GPTFace, retrieval by matching": rank_by_match(face.model, face.vocab, codes, words, count),
         "in any order": np.stack([rng.permutation(len(words))[:count] for _ in codes]),
     }
+    made["the tags of another picture"] = np.roll(made["GPTFace"], max(1, len(images) // 2), axis=0)
     for name in ("CLIP", "FaRL"):
         if name in methods:
             made[name] = rank_by_clip(methods[name], images, text, count)
@@ -114,7 +115,7 @@ def table_3(
     for name, order in ranked.items():
         made, values[name] = tag_rows(name, order, marks, people)
         rows += made
-    for other in ("CLIP", "FaRL", "in any order"):
+    for other in ("CLIP", "FaRL", "the tags of another picture", "in any order"):
         for metric, own in values["GPTFace"].items() if other in values else ():
             mean, low, high = bootstrap(100 * (own - values[other][metric]), people)
             rows.append(Row(f"GPTFace against {other}", f"{metric}, difference", mean, low, high, n=len(own), unit="points", better="higher"))
