@@ -67,7 +67,7 @@ def edit_figures(edits: EditSet, made: dict, each: int) -> dict[str, plt.Figure]
     for number, at in first.items():
         picks = at[: max(1, min(each, 3))]
         row = [picture for k in picks for picture in (shaded(edits.images[k], made[best][k].mask), made[best][k].image)]
-        rows.append(row + [np.full_like(edits.images[0], 255)] * (6 - len(row))), sides.append(("no " if not edits.wanted[at[0]] else "") + ATTRIBUTES[number])
+        rows.append(row + [np.full_like(edits.images[0], 255)] * (6 - len(row))), sides.append(ATTRIBUTES[number] if edits.wanted[at[0]] else "not " + ATTRIBUTES[number])
     names = list(made)
     compared = [[edits.images[at[0]], shaded(edits.images[at[0]], made[best][at[0]].mask), *(made[name][at[0]].image for name in names)] for at in first.values()]
     return {"fig4_editing": sheet(rows, ["mask", "edited"] * 3, sides), "fig5_comparison": sheet(compared, ["photo", "mask", *(name.replace(", ", ",\n").replace(" (", "\n(").replace("guidance 3", "\nguidance 3") for name in names)], sides)}
@@ -162,7 +162,7 @@ def run(
     edits = edit_set(test, job.edits)
     rows, made = edit_rows(editor, edits, net, trained_embedder("base"), {name: EDIT_METHODS[name] for name in asked}, job.seed, "test people")
     rows += accuracy_rows(net, parser, test, test_images, test_labels)
-    shown = [item.image for item in test if abs(item.pose[0]) < 0.5][:6]
+    shown = [item.image for item in {item.identity: item for item in reversed(test) if abs(item.pose[0]) < 0.5}.values()][-6:][::-1]  # one of each person
     figures = edit_figures(edits, made, job.edits) | {"fig6_tagging": tagging_figure(editor, shown[:5], job.tags), "fig7_reconstruction": codec_figure(editor, shown)}
     for name, draw in (("fig8_inpainting", lambda: inpainting(editor, shown, 0.5, job.seed)), ("fig9_repair", lambda: repairs(editor, shown, job.seed))):
         figures[name], more = draw()
