@@ -25,6 +25,7 @@ from ..data.find_faces import cascade_faces, faces_of, shipped_detector
 from ..face.morphable import MorphableModel
 from .damage import find_damage
 from .decode import Decoding, fill_region, fill_tags, match_probability
+from .gptface_base import open_gptface
 from .guidance import Guidance
 from .model import GPTFace, load_gptface, save_gptface
 from .paste import Frame, cells_of, check_mask, face_frame, level, mask_to_frame, mask_to_photo, paste, whole_frame
@@ -155,12 +156,15 @@ class FaceEditor:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,  # of `save`, or of `save_gptface`: then the VQGAN is the base
+        folder: str | Path = "base",  # of `save`; of `save_gptface`: then the VQGAN is the base; "base": the shipped one
         vqgan: str | Path | None = None,  # as for `open_vqgan`; None: folder/vqgan, or the base
         parser: FaceParser | None = None,  # None: folder/parser, or outlines
         device: str = "cpu",
     ) -> "FaceEditor":
         "Read an editor. Raises `InputError` where parts are missing, or are of another codebook."
+        if folder == "base":
+            found = open_gptface("base", vqgan or "base")
+            return cls(found.vqgan, found.model.to(device), found.vocab, parser)
         folder = input_path(folder)
         model, vocab = load_gptface(folder)
         if vocab is None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from .decode import Decoding
 from .guidance import Guidance
-from .guidance_cost import COST_METHODS, cost_rows, edit_costs
+from .guidance_cost import cost_rows, edit_costs
 from .guidance_toy import METHODS, ToyTraining, toy_benchmark
 from .model import GPTFaceConfig
 from .tokens import TokenLayout

@@ -17,7 +17,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.sparse.linalg import splu
 from torch.nn import functional as F
 
-from ..data.face_crop import FaceBox, as_photo, crop_face, move_points, square_around
+from ..data.face_crop import FaceBox, crop_face, move_points, square_around
 from ..lab.errors import InputError, ShapeError
 
 # %% ../../nbs/gptface/58_paste.ipynb #frame
