@@ -20,9 +20,9 @@ from ..data.world import people_of, world_items
 from .damage import add_scratches
 from .edit import FaceEditor
 from .edit_scores import EDIT_METHODS, EditSet, answers, edit_rows, edit_set, target_table, train_attributes
-from .gptface_base import open_gptface
 from .masking import random_mask, span_mask
 from .regions import ParserTraining, part_overlap, train_parser
+from .small_gptface import open_gptface
 from ..lab.errors import InputError
 from ..lab.inputs import input_hash, input_path
 from ..lab.record import Row, measured
@@ -126,8 +126,8 @@ def repairs(editor: FaceEditor, images: Sequence[np.ndarray], seed: int) -> tupl
 # %% ../../nbs/gptface/88_edit_stage.ipynb #opened
 def opened_editor(job: Job) -> FaceEditor:
     "The GPTFace that the profile names, without a parser. Raises `InputError` where it is missing."
-    folder = job.trained if job.trained == "base" else input_path(job.trained)
-    if folder != "base" and not (folder / "model.safetensors").is_file():
+    folder = input_path(job.trained)
+    if not (folder / "model.safetensors").is_file():
         raise InputError(job.trained, "no model.safetensors in it", "what gptface-train wrote", "Run the stage gptface-train first, or name a folder that save_gptface wrote.")
     found = open_gptface(folder, job.vqgan)
     return FaceEditor(found.vqgan, found.model.to(job.device), found.vocab)
@@ -167,6 +167,6 @@ def run(
     for name, draw in (("fig8_inpainting", lambda: inpainting(editor, shown, 0.5, job.seed)), ("fig9_repair", lambda: repairs(editor, shown, job.seed))):
         figures[name], more = draw()
         rows += more
-    inputs = {"trained": input_hash("bases/gptface/model.safetensors" if job.trained == "base" else job.trained)}
+    inputs = {"trained": input_hash(job.trained)}
     notes = [f"{len(edits.images)} edits of {job.test_people} people whom neither GPTFace nor judge nor parser has seen; faces taken as they are framed", "guided: rows of the embedding, relative step 0.1, a gradient at every fourth of 12 iterations"]
     return Outcome(rows, figures, {"targets": target_table(edits, made, net)}, inputs=inputs, notes=notes, device=job.device)

@@ -42,7 +42,7 @@ def write_pairs(
     return len(items) + len(told)
 
 # %% ../../nbs/gptface/60_pairs.ipynb #keywords
-STOP = frozenset("a an and at by for from in is it of on or the this to with he she his her of's img jpg".split())
+STOP = frozenset("a an and at by for from in is it of on or the this to with he she his her img jpg photo portrait looks seems wears has".split())
 
 
 def keywords(
@@ -71,6 +71,14 @@ class WebPairs:
         rng = np.random.default_rng([seed, 31])
         rows = [(k, said) for k, (text, draw) in enumerate(zip(self.texts, rng.random(len(self)))) if draw < share and (said := keywords(text, rng))]
         return WebPairs(self.images, np.concatenate([self.picture, self.picture[[k for k, _ in rows]]]), [*self.texts, *(said for _, said in rows)])
+
+    def as_keywords(self, seed: int = 0, lists: int = 3, most: int = 3) -> "WebPairs":
+        "Some short lists of keywords in the place of each text; texts without a word are left out."
+        rng = np.random.default_rng([seed, 32])
+        rows = [(k, said) for k, text in enumerate(self.texts) for _ in range(lists) if (said := keywords(text, rng, int(rng.integers(1, most + 1))))]
+        if not rows:
+            raise InputError("keywords", f"{len(self)} texts without a word", "captions", "Are these file names?")
+        return WebPairs(self.images, self.picture[[k for k, _ in rows]], [said for _, said in rows])
 
 
 def read_pairs(

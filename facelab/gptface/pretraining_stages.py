@@ -22,11 +22,12 @@ from ..data.laion_face import read_laion_face, write_laion_face
 from ..data.raf_db import read_raf_db, write_raf_db
 from ..data.world import people_of, world_items
 from .few_shot import scaled
-from .gptface_base import mini_pretraining, new_gptface
 from .model import save_gptface
+from .objective import MilmItm
 from .pairs import encode_images, read_pairs, web_vocabulary, write_pairs
-from .pretrain import TokenSet, pretrain
+from .pretrain import Pretraining, TokenSet, pretrain
 from .rivals import RIVALS, RivalConfig, RivalData, save_rival, train_rival
+from .small_gptface import new_gptface, pretrain_small
 from .tokens import Vocabulary, text_ids
 from .vqgan_base import open_vqgan
 from ..lab.arrays import read_safetensors, write_safetensors
@@ -86,6 +87,7 @@ class Prepared(NamedTuple):
     data: RivalData
     vocab: Vocabulary
     labelled: RivalData | None  # for the ViT
+    short: TokenSet  # lists of keywords, for GPTFace's first lesson
 
 
 def prepare(
@@ -94,11 +96,14 @@ def prepare(
     skipped: Skipped | None = None,
 ) -> int:  # texts
     "Read pairs, learn words, encode pictures; write all that as one file."
-    pairs = read_pairs(job.laion, job.size, skipped, job.pairs or None).with_keywords(job.seed)
+    plain = read_pairs(job.laion, job.size, skipped, job.pairs or None)
+    pairs = plain.with_keywords(job.seed)
     vqgan, vocab = open_vqgan(job.vqgan), web_vocabulary(pairs.texts, job.words)
     side = job.size // vqgan.config.factor
-    text = text_ids(vocab, vocab.layout(vqgan.config.n_embed, side, side), pairs.texts, "cut").ids
-    held = {"images": pairs.images, "codes": encode_images(vqgan, pairs.images), "picture": torch.from_numpy(pairs.picture).long(), "text": text}
+    layout = vocab.layout(vqgan.config.n_embed, side, side)
+    held = {"images": pairs.images, "codes": encode_images(vqgan, pairs.images)}
+    for name, some in (("", pairs), ("short_", plain.as_keywords(job.seed))):
+        held |= {f"{name}picture": torch.from_numpy(some.picture).long(), f"{name}text": text_ids(vocab, layout, some.texts, "cut").ids}
     if job.labelled:
         items = list(read_celeba(input_path(job.labelled), skipped).items(skipped))
         _, people = np.unique([item.identity for item in items], return_inverse=True)
@@ -115,7 +120,7 @@ def prepared(folder: Path) -> Prepared:
     if "people" in held:
         count = len(held["people"])
         labelled = RivalData(held["labelled"], held["codes"][:1].expand(count, -1, -1), torch.arange(count), held["text"][:1].expand(count, -1), held["people"])
-    return Prepared(RivalData(held["images"], held["codes"], held["picture"], held["text"]), Vocabulary.read(folder), labelled)
+    return Prepared(RivalData(held["images"], held["codes"], held["picture"], held["text"]), Vocabulary.read(folder), labelled, TokenSet(held["codes"][held["short_picture"]], held["short_text"]))
 
 # %% ../../nbs/gptface/70_pretraining_stages.ipynb #train-one
 class Ended(NamedTuple):
@@ -141,10 +146,14 @@ def train_one(
     have, scratch = prepared(folder), job.scratch() / which
     if which == "gptface":
         vqgan = open_vqgan(job.vqgan)
-        model = new_gptface(have.vocab, vqgan, job.size, job.layers, job.width, job.heads, job.ffn_dim, job.seed)
+        model = new_gptface(have.vocab, vqgan, job.size, job.layers, job.width, job.heads, job.ffn_dim, job.seed, from_codebook=job.recipe == "small")
         save_gptface(job.checkpoint() / "random", model, have.vocab)
         tokens = TokenSet(have.data.codes[have.data.picture], have.data.text)
-        curve = pretrain(mini_pretraining(job.steps, job.batch, job.rate, job.itm, job.seed, job.threads), model, tokens, starts=have.vocab.starts_word, scratch=scratch, label="GPTFace").curve
+        if job.recipe == "paper":
+            how = Pretraining(job.steps, job.batch, job.rate, warmup=min(10_000, job.steps // 4), losses=MilmItm(itm=job.itm), seed=job.seed, threads=job.threads)
+            curve = pretrain(how, model, tokens, starts=have.vocab.starts_word, scratch=scratch, label="GPTFace").curve
+        else:
+            curve = pretrain_small(model, have.short, tokens, have.vocab, job.steps, job.first_lesson, job.batch, job.rate, job.itm, job.seed, job.threads, scratch)
         save_gptface(job.checkpoint() / "gptface", model.cpu(), have.vocab)
         return Ended("GPTFace", curve, sum(w.numel() for w in model.blocks.parameters()), len(have.data.images), TASKS[which])
     data = have.labelled if which == "vit" else have.data
@@ -176,12 +185,14 @@ def curves_figure(curves: dict[str, pd.DataFrame]) -> plt.Figure:
 
 
 def run_train(
-    job: Job,  # seed, threads, workers, laion, labelled, pairs, size, words, vqgan, layers, width, heads, ffn_dim, steps, batch, rate, itm, methods, device
+    job: Job,  # seed, threads, workers, laion, labelled, pairs, size, words, vqgan, layers, width, heads, ffn_dim, steps, batch, rate, itm, first_lesson, recipe, methods, device
 ) -> Outcome:
     "Pre-train GPTFace and its rivals on the same pictures."
     asked = [name.strip() for name in job.methods.split(",") if name.strip()]
     if not asked or not set(asked) <= {"gptface", *RIVALS}:
         raise InputError("methods", repr(job.methods), ", ".join(("gptface", *RIVALS)), "Correct the profile.")
+    if job.recipe not in ("small", "paper"):
+        raise InputError("recipe", repr(job.recipe), "small or paper", "Correct the profile.")
     skipped, folder = Skipped(), job.scratch() / "prepared"
     texts = prepare(job, folder, skipped)
     done: Sequence[Ended] = side_by_side(train_one, [(job, name, folder) for name in asked], job.workers)

@@ -9,7 +9,7 @@ __all__ = ['GRADED', 'UNRELATED', 'ndcg', 'average_precision', 'graded_marks', '
 # %% ../../nbs/gptface/66_tagging.ipynb #imports
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from .guidance import Guidance
 from .model import GPTFace
 from .rivals import Rival
 from .tokens import Sequences, Vocabulary, join, tag_template, text_ids
-from ..lab.errors import InputError, ShapeError
+from ..lab.errors import InputError
 from ..lab.files import read_text
 from ..lab.record import Row, measured
 
@@ -160,10 +160,13 @@ def rank_by_template(
     allowed[list(number)] = True
     seq = join(layout, codes, template.expand(len(codes), -1), trim=True)
     hidden = seq.ids.eq(layout.mask)
-    committed = torch.full(seq.ids.shape, 10**6)
+    committed, left = torch.full(seq.ids.shape, 10**6), hidden.clone()
 
-    def note(step: int, now: Sequences):  # all rows have as many masks, so all are in work to the end
-        committed[now.ids.ne(layout.mask) & hidden & committed.eq(10**6)] = step
+    def note(step: int, now: Sequences):  # rows that had masks left before this step, in order
+        rows = left.any(1)
+        fresh = left[rows] & now.ids.ne(layout.mask)
+        committed[rows] = torch.where(fresh, step, committed[rows])
+        left[rows] = left[rows] & ~fresh
 
     made = decode(model, seq, hidden, guidance, None, seed, allowed, True, note)
     order = committed.masked_fill(~hidden, 10**7).argsort(dim=1, stable=True)[:, :count]

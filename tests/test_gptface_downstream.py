@@ -1,0 +1,165 @@
+"""GPTFace's pairs, rivals, heads and tags: slow twins, other forms of the same files, bad input."""
+
+import csv
+import tarfile
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from facelab.data.celeba import write_celeba
+from facelab.data.raf_db import write_raf_db
+from facelab.data.reading import subset_rows
+from facelab.data.world import generate
+from facelab.gptface.few_shot import HeadTraining, answers_of, celeba_faces, head_scores, raf_faces, train_head
+from facelab.gptface.pairs import keywords, read_pairs, write_pairs
+from facelab.gptface.rivals import RIVALS, RivalConfig, RivalData, load_rival, save_rival, train_rival
+from facelab.gptface.tagging import GRADED, UNRELATED, average_precision, ndcg, read_ratings
+from facelab.lab.errors import InputError, Skipped
+from facelab.lab.ledger import Check
+from facelab.lab.paths import root
+from facelab.lab.profile import profile_values
+
+
+@pytest.fixture(scope="module")
+def items():
+    return generate([0, 1, 9], 2, 32, seed=7, workers=1)[0]
+
+
+def test_ndcg_is_dcg_over_the_best_of_all_orders():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        marks = rng.integers(0, 3, 5).astype(float)
+        k = int(rng.integers(1, 6))
+        dcg = lambda row: sum((2 ** row[i] - 1) / np.log2(i + 2) for i in range(k))  # noqa: B023
+        best = max(dcg(order) for order in permutations(marks))
+        assert abs(ndcg(marks[None], k)[0] - (dcg(marks) / best if best else 0.0)) < 1e-12
+
+
+def test_average_precision_is_the_mean_of_precisions():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        marks = rng.integers(0, 3, 8).astype(float)
+        at = [i for i in range(8) if marks[i] >= 1]
+        slow = np.mean([(marks[: i + 1] >= 1).mean() for i in at]) if at else 0.0
+        assert abs(average_precision(marks[None])[0] - slow) < 1e-12
+
+
+def test_published_sizes_of_shares():
+    assert [len(subset_rows(162_770, share)) for share in (0.01, 0.1, 1.0)] == [1627, 16277, 162770]
+    assert [len(subset_rows(12_271, share)) for share in (0.2, 0.5, 1.0)] == [2454, 6135, 12271]
+
+
+def test_kaggles_csv_gives_the_same_faces(tmp_path, items):
+    write_celeba(tmp_path / "txt", items), write_celeba(tmp_path / "csv", items)
+    for name, head in (("list_attr_celeba", True), ("list_eval_partition", False), ("identity_CelebA", False)):
+        path = tmp_path / "csv" / f"{name}.txt"
+        lines = [line.split() for line in path.read_text().splitlines()]
+        names = lines[1] if head else ["partition" if "partition" in name else "identity"]
+        with open(path.with_suffix(".csv"), "w", newline="") as file:
+            csv.writer(file).writerows([["image_id", *names], *(lines[2:] if head else lines)])
+        path.unlink()
+    for path in (tmp_path / "csv").glob("list_*landmarks*"):
+        path.unlink()
+    (tmp_path / "csv" / "list_bbox_celeba.txt").unlink()
+    plain, kaggle = celeba_faces(tmp_path / "txt", 16), celeba_faces(tmp_path / "csv", 16)
+    assert torch.equal(plain.train, kaggle.train) and torch.equal(plain.test_labels, kaggle.test_labels) and np.array_equal(plain.people, kaggle.people)
+
+
+def test_broken_faces_are_left_out_and_counted(tmp_path, items):
+    write_celeba(tmp_path / "celeba", items), write_raf_db(tmp_path / "raf", items)
+    (tmp_path / "celeba" / "img_align_celeba" / "000001.jpg").write_bytes(b"")
+    next((tmp_path / "raf").rglob("train_00002*")).write_bytes(b"no picture")
+    skipped = Skipped()
+    celeba, raf = celeba_faces(tmp_path / "celeba", 16, skipped), raf_faces(tmp_path / "raf", 16, skipped)
+    assert len(skipped) == 2 and len(celeba.train) == 3 and len(raf.train) == 3 and len(celeba.test) == 2
+    with pytest.raises(InputError):
+        celeba_faces(tmp_path / "celeba", 16)
+
+
+def test_pairs_survive_a_damaged_tar(tmp_path, items):
+    write_pairs(tmp_path, items, 1.0)
+    whole = read_pairs(tmp_path, 16)
+    first = tmp_path / "split_00000" / "00000.tar"
+    with tarfile.open(first) as tar:
+        cut = tar.getmembers()[6].offset
+    first.write_bytes(first.read_bytes()[:cut])
+    skipped = Skipped()
+    rest = read_pairs(tmp_path, 16, skipped)
+    assert len(whole) == 12 and len(whole.images) == 6 and len(rest) == 8 and len(rest.images) == 6 and len(skipped) >= 1
+    with pytest.raises(InputError):
+        read_pairs(tmp_path, 16)
+
+
+def test_keywords_hold_words_of_the_caption_alone():
+    caption = "This is a young woman with long, wavy brown hair and a hat."
+    for seed in range(5):
+        words = keywords(caption, np.random.default_rng(seed), 3).removeprefix("tags: ").split(", ")
+        assert len(words) == 3 and set(words) <= set("young woman long wavy brown hair hat".split())
+
+
+def test_words_are_either_graded_or_unrelated():
+    assert not set(GRADED) & set(UNRELATED) and len(set(UNRELATED)) == len(UNRELATED) and len(GRADED) + len(UNRELATED) >= 60
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_a_seed_gives_a_rival(tmp_path, method):
+    rng = torch.Generator().manual_seed(0)
+    data = RivalData(torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8, generator=rng), torch.randint(0, 5, (8, 2, 2), generator=rng), torch.arange(8), torch.randint(1, 9, (8, 3), generator=rng), torch.arange(8) % 2)
+    config = RivalConfig(method, 16, 8, 1, 16, 2, 16, classes=2, codes=5, words=9, text=3)
+    one, two = (train_rival(config, data, 3, 4, seed=seed, threads=1, progress=False)[0] for seed in (4, 4))
+    other = train_rival(config, data, 3, 4, seed=5, threads=1, progress=False)[0]
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    assert any(not torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+    save_rival(one, tmp_path / "a.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), load_rival(tmp_path / "a.safetensors").state_dict().values()))
+
+
+def test_a_file_that_is_no_rival(tmp_path):
+    from facelab.lab.arrays import write_safetensors
+
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)}, {})
+    with pytest.raises(InputError, match="no rival"):
+        load_rival(tmp_path / "x.safetensors")
+
+
+def test_head_is_logistic_regression():
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 4, generator=rng)
+    labels = (features @ torch.tensor([1.0, -2.0, 0.5, 0.0]) > 0.3).unsqueeze(1)
+    head = train_head(features, labels, 1, HeadTraining(600, 200, 5e-2))
+    weights = head.weight[0] / head.weight[0].norm()
+    assert torch.cosine_similarity(weights, torch.tensor([1.0, -2.0, 0.5, 0.0]), dim=0) > 0.98
+    classes = labels[:, 0].long() * 3
+    assert head_scores(answers_of(train_head(features, classes, 7, HeadTraining(300, 200, 5e-2)), features, False), classes).balanced > 0.95
+
+
+@pytest.mark.parametrize("sheet", ["rater,image,1,2\nann,a,0\n", "image,1\na,0\n", "rater,image,rank,mark\nann,a,1,0\nann,a,1,2\n", "rater,image,rank,mark\nann,a,2,1\n", ""])
+def test_sheets_that_cannot_be_used(tmp_path, sheet):
+    (tmp_path / "marks.csv").write_text(sheet)
+    with pytest.raises(InputError):
+        read_ratings(tmp_path / "marks.csv")
+
+
+def test_profiles_train_all_methods_alike():
+    for name in ("mini", "gpu"):
+        values = profile_values("gptface-train", name)
+        assert set(values["methods"].replace(" ", "").split(",")) == {"gptface", *RIVALS}
+    paper = profile_values("gptface-train", "paper")
+    assert (paper["steps"], paper["batch"], paper["layers"], paper["width"], paper["size"], paper["itm"]) == (1_000_000, 192, 12, 768, 336, 1.0)
+
+
+def test_claims_ask_for_rows_that_stages_write():
+    import json
+
+    page = (root() / "nbs" / "gptface" / "00_paper.ipynb").read_text()
+    code = next("".join(cell["source"]) for cell in json.loads(page)["cells"] if cell["id"] == "claims")
+    found: list[Check] = []
+    scope = {}
+    exec(code, scope)
+    for claim in scope["claims"]:
+        found += claim.checks
+    own = [check for check in found if check.stage in scope["records"]]
+    missing = [f"{check.stage}: {check.method}, {check.metric}" for check in own if check.row(scope["records"]) is None]
+    assert len(found) > 8 and not missing
