@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.light_scene import Light
 from ..data.paint_parts import CREW, PLAIN, THINGS
-from ..data.person import HAIR_COLOURS, IRISES, Beard, Hair, Person, skin_colour
+from ..data.person import HAIR_COLOURS, Beard, Hair, Person, skin_colour
 from ..data.scene import Scene, make_view
 from ..data.wear import FRAMES
 from ..face.head_shape import shape_basis
