@@ -184,7 +184,7 @@ def ray_loss(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     "An early step: some rays, no super-resolution."
-    b, n = len(batch.z), len(batch.cams)
+    b = len(batch.z)
     planes = net.planes(net.mapping(batch.z))
     at = choose_rays(batch, config.rays, generator)
     pick = lambda rows: torch.gather(rows, 1, at[..., None].expand(-1, -1, rows.shape[-1])).reshape(b, -1, rows.shape[-1])  # of n views, to b heads

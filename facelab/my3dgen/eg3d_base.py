@@ -9,7 +9,6 @@ __all__ = ['make', 'eg3d_from_base', 'open_eg3d', 'on_white']
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 
 from ..data.embedded import Recipe, check_world
