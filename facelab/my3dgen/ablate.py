@@ -27,7 +27,7 @@ from .marked import album, take
 from .personalize import PersonalPrior, render_views
 from .reconstruct import TEST_MOMENT, person_of_job, personal_config, pick_device
 from .styles import invert
-from .views import orbit_view
+from ..data.views import orbit_view
 from ..nets.eg3d import Generator
 from ..nets.embedder import trained_embedder
 

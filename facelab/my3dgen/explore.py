@@ -31,9 +31,9 @@ from .marked import album, take
 from .personalize import PersonalPrior, render_views
 from .photo_loss import resized
 from .reconstruct import TEST_MOMENT, page_figure, person_of_job, personal_config, pick_device
-from .semantic import Z_NAMES
+from ..data.semantic import Z_NAMES
 from .styles import invert
-from .views import orbit_view
+from ..data.views import orbit_view
 from ..nets.eg3d import Generator
 from ..nets.embedder import embed_faces, trained_embedder
 

@@ -21,8 +21,8 @@ from ..data.rig import load_rig
 from ..data.scene import Scene, View
 from ..lab.errors import InputError
 from .portraits import Portraits
-from .semantic import PAINTS, SHAPES, Z_NAMES, scene_of
-from .views import Actor, orbit_view, shoot
+from ..data.semantic import PAINTS, SHAPES, Z_NAMES, scene_of
+from ..data.views import Actor, orbit_view, shoot
 
 # %% ../../nbs/my3dgen/62_marked.ipynb #person
 MARKS = ("birthmark", "dyed hair", "dark glasses")

@@ -30,7 +30,7 @@ from ..face.fit import landmark_model
 from ..face.morphable import MorphableModel
 from ..lab.errors import InputError, ShapeError, Skipped
 from ..lab.images import read_image
-from .views import PIVOT_MM, label_of
+from ..data.views import PIVOT_MM, label_of
 from ..nets.landmarks import BaseLandmarks, LandmarkDetector
 
 # %% ../../nbs/my3dgen/32_own_photos.ipynb #check-label

@@ -32,7 +32,7 @@ from .marked import MARKS, MarkedPerson, Views, album, take
 from .personalize import PERSONAL, PersonalConfig, PersonalPrior, render_views
 from .styles import InversionConfig, invert
 from .tuning import PTI, pivotal, tune_whole
-from .views import orbit_view
+from ..data.views import orbit_view
 from ..nets.eg3d import Generator
 from ..nets.embedder import FaceEmbedder, trained_embedder
 
