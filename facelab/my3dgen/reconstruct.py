@@ -28,7 +28,7 @@ from .adapter import Adapter
 from .applications import sheet
 from .eg3d_base import open_eg3d
 from .likeness import depth_error, identity_cosine, psnr, ssim
-from .marked import MARKS, MarkedPerson, Views, album, take
+from .marked import MARKS, MarkedPerson, MomentViews, album, take
 from .personalize import PERSONAL, PersonalConfig, PersonalPrior, render_views
 from .styles import InversionConfig, invert
 from .tuning import PTI, pivotal, tune_whole
@@ -69,7 +69,7 @@ def person_of_job(
 def view_scores(
     images: Float[Tensor, "v 3 s s"],
     depth: Float[Tensor, "v 1 r r"],
-    truth: Views,
+    truth: MomentViews,
     embedder: FaceEmbedder,
     distance: Any,  # a perceptual one
 ) -> dict[str, list[float]]:
@@ -97,7 +97,7 @@ def turned_by(
     base: Generator,
     prior: PersonalPrior,
     whole: Generator,
-    tests: Sequence[Views],  # the first view of each is the photo
+    tests: Sequence[MomentViews],  # the first view of each is the photo
     how: InversionConfig,
     device: str,
 ) -> list:  # a Rendered for each test
