@@ -27,7 +27,7 @@ from facelab.synthforge.parse_tables import ParseMethod, evaluated, f1_differenc
 from facelab.synthforge.predictor import FunctionPredictor
 from facelab.synthforge.real_sets import KINDS, RealRecipe, RealSet, cut_faces, even_jaw, write_real_sets
 from facelab.synthforge.shard_set import check_shards, read_shards
-from facelab.synthforge.use import FaceParser, load_parser, read_net, save_net
+from facelab.synthforge.use import TrainedParser, load_parser, read_net, save_net
 
 GREY = SynthSpec(22, "facelab.synthforge.generate:grey_faces", size=16, each=3)
 TINY = BackboneConfig(32, 4, 2, 20, HourglassConfig(cin=4, halvings=1, channels=8, levels=2, grid="centres"))
@@ -292,4 +292,4 @@ def test_published_sizes_are_presets():
     paper, code = SIZES["paper"], SIZES["code"]
     assert paper.backbone == code.backbone and paper.backbone.size == 256 and paper.label_width == 64
     assert (paper.one.rates.heads, code.one.rates.heads) == (1e-3, 1e-4) and paper.one.weights.reading == "norm" and code.one.weights.reading == "l1"
-    assert FaceParser(SyntheticBackbone(TINY)).size == 32
+    assert TrainedParser(SyntheticBackbone(TINY)).size == 32
