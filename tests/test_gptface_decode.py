@@ -1,5 +1,6 @@
 "Decoding of GPTFace: it always ends, keeps what was known, fills from the edge, gives a sample the same tokens in any batch; tagging; the toy."
 
+import os
 import math
 
 import numpy as np
@@ -308,6 +309,7 @@ def test_costs_are_counted_from_the_iterations_that_are_done():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FACELAB_SLOW"), reason="over a minute: FACELAB_SLOW=1 runs it")
 def test_default_costs_a_sixth():
     "At the paper's size, a mask of 65 %: both sides measured in this run."
     literal, default, _ = edit_costs()
@@ -316,6 +318,7 @@ def test_default_costs_a_sixth():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FACELAB_SLOW"), reason="over a minute: FACELAB_SLOW=1 runs it")
 def test_the_full_toy():
     from facelab.gptface.guidance_toy import toy_benchmark
 

@@ -129,8 +129,8 @@ def find_styles(
 def show_styles(
     net: Generator,
     ws: Float[Tensor, "b n d"],
-    cams: Float[Tensor, "n 25"],  # n / b of each
-) -> Float[Tensor, "n 3 s s"]:  # 0..1
+    cams: Float[Tensor, "m 25"],  # m / b of each
+) -> Float[Tensor, "m 3 s s"]:  # 0..1
     "Views of styles."
     each = len(cams) // len(ws)
     rows = [net.synthesis(ws[k : k + 1], cams[k * each : (k + 1) * each]).image for k in range(len(ws))]

@@ -93,7 +93,7 @@ def plain_layer(layer: SynthesisLayer | ToRGB, x: Float[Tensor, "n c h w"], w: F
     joined = x.reshape(1, n * i, *x.shape[2:])
     if not rgb and layer.up:
         y = F.conv_transpose2d(joined, own.transpose(1, 2).reshape(n * i, o, k, k), stride=2, groups=n)
-        y = plain_filter(y.reshape(n, o, *y.shape[2:]), layer.resample_filter, 4, (1, 1, 1, 1))
+        y = plain_filter(y.reshape(n, o, *y.shape[2:]), layer.resample_filter, 4.0, (1, 1, 1, 1))
     else:
         y = F.conv2d(joined, own.reshape(n * o, i, k, k), padding=k // 2, groups=n)
         y = y.reshape(n, o, *y.shape[2:])
@@ -109,7 +109,7 @@ def plain_superres(net: Superresolution, features: Float[Tensor, "n c h w"], w: 
     for block in (net.block0, net.block1):
         x = plain_layer(block.conv1, plain_layer(block.conv0, x, w), w)
         if block.up:
-            picture = plain_filter(picture, block.resample_filter, 4, (2, 1, 2, 1), zeros=True)
+            picture = plain_filter(picture, block.resample_filter, 4.0, (2, 1, 2, 1), zeros=True)
         picture = picture + plain_layer(block.torgb, x, w)
     return picture
 

@@ -91,7 +91,7 @@ def guide_of(
     total, count = np.zeros(cells), np.zeros(cells)
     np.add.at(total, tuple(at), errors)
     np.add.at(count, tuple(at), 1)
-    return Guide(tuple(map(tuple, (total + few * errors.mean()) / (count + few))), share)
+    return Guide(tuple(tuple(map(float, row)) for row in (total + few * errors.mean()) / (count + few)), share)
 
 # %% ../../nbs/synthforge/46_draws.ipynb #draw
 class FaceDraw(NamedTuple):

@@ -49,7 +49,7 @@ def mesh_views(
     verts: Float[Tensor, "b v 3"],
     mouth: Float[Tensor, "b 12 3"],  # landmarks 48..59
     faces: Int[Tensor, "f 3"],
-    face_uv: Float[Tensor, "f 3 2"],  # texture at the corners, -1..1, y down
+    face_uv: Float[Tensor, "g 3 2"],  # texture at the corners, -1..1, y down
     frame: MeshFrame = FRAMES["flame"],
     size: int = 256,  # of the planes, pixels
     backend: str = "auto",  # of `rasterize`
