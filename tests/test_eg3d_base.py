@@ -7,7 +7,7 @@ from facelab.data.scene import make_view
 from facelab.lab.errors import InputError, ShapeError
 from facelab.lab.paths import bases_dir
 from facelab.my3dgen.base_quality import as_images, face_share, held_out_heads, points_of, turned_views, world_scene
-from facelab.my3dgen.distillation import draw_from, picture_psnr
+from facelab.my3dgen.distillation import draw_from
 from facelab.my3dgen.eg3d_base import open_eg3d
 from facelab.my3dgen.head_mesh import orbit_labels, save_head, turntable
 from facelab.my3dgen.own_photos import check_label, fit_pose, own_photo

@@ -21,11 +21,12 @@ from ..data.person import sample_person
 from ..data.scene import Scene, View, sample_photo
 from ..lab.errors import InputError, ShapeError
 from ..lab.record import Row, measured
-from .distillation import draw_from, edge_loss, picture_psnr
+from .distillation import draw_from
 from ..data.semantic import scene_of
 from ..data.views import Actor, Shots, head_numbers, orbit_view, shoot
 from ..nets.eg3d import Generator
 from ..nets.embedder import FaceEmbedder, embed_faces
+from ..nets.view_losses import edge_loss, picture_psnr
 
 # %% ../../nbs/my3dgen/82_base_quality.ipynb #stage
 YAWS = (0, 15, -15, 30, -30, 45, -45)  # degrees

@@ -10,8 +10,9 @@ __all__ = ['SeenViews', 'ViewWeights', 'edge_loss', 'choose_rays', 'guide_depths
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +30,19 @@ class SeenViews(NamedTuple):
     alpha: Float[Tensor, "n r r"]  # how much of a ray's pixel is head, 0..1
     depth: Float[Tensor, "n r r"]  # along the ray, world units; 0 where nothing is
     cams: Float[Tensor, "n 25"]  # EG3D's labels
+
+    @classmethod
+    def of_arrays(
+        cls,
+        images: UInt8[np.ndarray, "n s s 3"],
+        weight: Float[np.ndarray, "n s s"],
+        alpha: UInt8[np.ndarray, "n r r"],
+        depth: Float[np.ndarray, "n r r"],
+        cams: Float[np.ndarray, "n 25"],
+    ) -> "SeenViews":
+        "Views as they are kept on the disk."
+        pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        return cls(pictures, torch.from_numpy(weight.astype(np.float32))[:, None], torch.from_numpy(alpha).float() / 255, torch.from_numpy(depth.astype(np.float32)), torch.from_numpy(cams))
 
     @property
     def raw(self) -> Float[Tensor, "n 3 r r"]:

@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['LOOK_NAMES', 'LOOK_AT', 'FACE64_NEXT3D', 'look_of', 'codes_of', 'MeshShots', 'corner_places', 'add_meshes',
-           'MeshDistillation', 'MeshBatch', 'seen_of', 'mesh_source', 'mesh_distillation_loss', 'start_next3d',
-           'average_style', 'draw_heads', 'DistilledMesh', 'distil_next3d', 'held_out_psnr']
+           'MeshDistillation', 'MeshBatch', 'seen_of', 'mesh_source', 'mesh_scene', 'start_next3d', 'draw_heads',
+           'distil_next3d', 'held_out_psnr']
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #imports
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -26,14 +24,13 @@ from ..data.semantic import LIGHTS, PAINTS, Z_NAMES, scene_of
 from ..data.views import PIVOT, Shots, pixel_weight
 from ..face.head_expression import clamp_lids, expression_basis, expression_coefficients
 from ..face.morphable import MorphableModel
-from ..lab.errors import InputError, ShapeError
+from ..lab.errors import ShapeError
 from ..lab.progress import Progress
-from ..lab.schedule import Cosine, FixedDecay
-from ..lab.train import Every, Items, Player, Step, TrainConfig, train
+from ..lab.train import Items
 from ..nets.next3d import NEXT3DS, Next3D, Next3DConfig
 from ..nets.texture_planes import MeshViews
-from ..nets.view_losses import SeenViews, ViewWeights, picture_psnr, picture_terms, ray_terms
-from ..nets.volume import VolumeConfig
+from ..nets.view_losses import SeenViews, picture_psnr
+from ..nets.view_training import Distilled, ViewTraining, draw_scenes, ease_start, train_on_views, view_items, view_loss
 from .next3d_planes import FRAMES, mesh_views, set_head
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #look
@@ -108,41 +105,10 @@ FACE64_NEXT3D = replace(NEXT3DS["mini64"], pivot=PIVOT)  # ours
 
 
 @dataclass(frozen=True)
-class MeshDistillation:
+class MeshDistillation(ViewTraining):
     "How a Next3D is distilled (all ours)."
 
     net: Next3DConfig = FACE64_NEXT3D
-    weights: ViewWeights = ViewWeights()
-    steps: int = 5000
-    heads: int = 4  # a step
-    views: int = 2  # of each
-    early: float = 0.4  # share of the steps without super-resolution, on some rays
-    rays: int = 320  # of a view, in the early steps
-    samples: tuple[int, int] = (8, 8)  # along a ray
-    guided: float = 0.5  # share of the later steps whose second samples are at the true depth
-    rate: float = 1e-2  # Adam
-    rate_floor: float = 0.03  # share of the rate at the end
-    warmup: int = 50
-    emphasis: float = 3.0  # how much more eyes, brows and mouth count
-    ema: float = 0.995
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-
-    def __post_init__(self):
-        object.__setattr__(self, "samples", tuple(self.samples))
-        if min(self.steps, self.heads, self.views, self.rays, *self.samples) < 1 or not 0 <= self.early < 1 or self.rays > self.net.neural_size**2:
-            raise InputError("MeshDistillation", f"{self.steps} steps of {self.heads} heads x {self.views} views, {self.rays} rays, early {self.early}", f"one or more of each, at most {self.net.neural_size**2} rays, early below 1", "Look at the defaults.")
-
-    @property
-    def volume(self) -> VolumeConfig:
-        "The renderer while training."
-        return replace(self.net.volume, coarse=self.samples[0], fine=self.samples[1])
-
-    @property
-    def early_steps(self) -> int:
-        "Steps without super-resolution."
-        return int(self.early * self.steps)
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #batch
 class MeshBatch(NamedTuple):
@@ -159,9 +125,7 @@ def seen_of(
     emphasis: float = 0.0,
 ) -> SeenViews:
     "Some views of a set."
-    weight = torch.from_numpy(pixel_weight(shots.labels19[at], emphasis).astype(np.float32))[:, None]
-    images = torch.from_numpy(shots.images[at]).permute(0, 3, 1, 2).float() / 255
-    return SeenViews(images, weight, torch.from_numpy(shots.alpha[at]).float() / 255, torch.from_numpy(shots.depth[at].astype(np.float32)), torch.from_numpy(shots.cams[at]))
+    return SeenViews.of_arrays(shots.images[at], pixel_weight(shots.labels19[at], emphasis), shots.alpha[at], shots.depth[at], shots.cams[at])
 
 
 def mesh_source(
@@ -169,39 +133,17 @@ def mesh_source(
     config: MeshDistillation,
 ) -> Items:
     "Heads as a source of batches: other views of a head at each visit."
-    each = data.shots.each
-    if config.views > each:
-        raise InputError("MeshDistillation.views", f"{config.views}", f"at most the {each} views that were drawn of each head", "Draw more views.")
-    looks = look_of(torch.from_numpy(data.shots.z).float())
-
-    def load(index, rng):
-        return index, np.sort(rng.choice(each, config.views, replace=False))
-
-    def collate(rows):
-        heads = [index for index, _ in rows]
-        at = np.concatenate([index * each + views for index, views in rows])
-        return MeshBatch(looks[heads], data.views(heads), seen_of(data.shots, at, config.emphasis))
-
-    return Items(len(looks), load, collate=collate)
+    looks, shots = look_of(torch.from_numpy(data.shots.z).float()), data.shots
+    return view_items(len(looks), shots.each, config, lambda heads, at: MeshBatch(looks[heads], data.views(heads), seen_of(shots, at, config.emphasis)))
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #loss
-def mesh_distillation_loss(
-    config: MeshDistillation,
-) -> Callable:  # (models, batch, step) -> losses
-    "The loss of a step."
-
-    def loss_fn(models, batch: MeshBatch, step: Step):
-        net, generator = models["generator"], torch.Generator(device=step.device).manual_seed(step.seed_from(7, step.share.rank))
-        ws = net.mapping(batch.look)
-        planes = net.planes(ws, batch.mesh)
-        if step.number < config.early_steps:
-            terms = ray_terms(planes, net.decoder, batch.seen, config.volume, config.weights, config.rays, generator)
-        else:
-            guided = bool(torch.rand((), generator=generator, device=step.device) < config.guided)
-            terms = picture_terms(planes, ws[:, 0], net.decoder, net.superresolution, batch.seen, config.volume, config.weights, guided, generator)
-        return {"loss": sum(terms.values())} | terms
-
-    return loss_fn
+def mesh_scene(
+    net: Next3D,
+    batch: MeshBatch,
+) -> tuple[Tensor, Tensor, SeenViews]:
+    "Planes, styles and views of a batch."
+    ws = net.mapping(batch.look)
+    return net.planes(ws, batch.mesh), ws, batch.seen
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #start
 def start_next3d(
@@ -209,28 +151,10 @@ def start_next3d(
     model: MorphableModel,
     seed: int = 0,
 ) -> Next3D:
-    "A generator before its first step: a steep density, super-resolution that begins as enlargement, planes that begin small, noise maps that count."
+    "A generator before its first step, on a head."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = set_head(Next3D(config), model)
-    with torch.no_grad():
-        net.decoder.net[2].weight[0] *= 5
-        for block in (net.superresolution.block0, net.superresolution.block1):
-            block.torgb.weight.mul_(0.02)
-        for name, strength in net.named_parameters():
-            if name.endswith("noise_strength"):
-                strength.fill_(0.1)
-    return net
-
-
-@torch.no_grad()
-def average_style(
-    net: Next3D,
-    count: int = 2000,
-):
-    "Set the average style, over noise."
-    z = torch.randn(count, net.config.backbone.z_dim, generator=torch.Generator().manual_seed(123))
-    net.backbone.mapping.w_avg.copy_(net.mapping(z)[:, 0].mean(0))
+        return ease_start(set_head(Next3D(config), model))
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #draw
 @torch.no_grad()
@@ -242,23 +166,14 @@ def draw_heads(
     batch: int = 16,  # heads at a time
 ) -> Float[Tensor, "n 3 s s"]:  # 0..1
     "What a generator draws."
-    each, rows = len(cams) // len(look), []
-    for first in range(0, len(look), batch):
-        some = slice(first, first + batch)
+
+    def scene(some):
         ws = net.mapping(look[some])
-        planes = net.planes(ws, MeshViews(*(part[some] for part in mesh)))
-        for k in range(len(ws)):
-            rows.append(net.render(planes[k : k + 1], ws[k : k + 1], cams[(first + k) * each : (first + k + 1) * each]).image)
-    return (torch.cat(rows) / 2 + 0.5).clamp(0, 1)
+        return net.planes(ws, MeshViews(*(part[some] for part in mesh))), ws
+
+    return draw_scenes(net, len(look), scene, cams, batch)
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #distil
-class DistilledMesh(NamedTuple):
-    "What a training gives."
-
-    net: Next3D  # averaged weights, in eval mode
-    curve: pd.DataFrame
-
-
 def distil_next3d(
     config: MeshDistillation,
     data: MeshShots,  # to learn from
@@ -269,28 +184,15 @@ def distil_next3d(
     callbacks: Sequence[Callable] = (),
     label: str = "next3d",  # of the progress line
     progress: bool = True,
-) -> DistilledMesh:
+) -> Distilled:
     "Train a generator on known views of known meshes. Raises `ShapeError` where they do not fit it."
     shots, c = data.shots, config.net
     sides = (shots.images.shape[1], shots.alpha.shape[1], data.hit.shape[-1], len(LOOK_NAMES))
     if sides != (c.size, c.neural_size, c.backbone.size, c.backbone.z_dim):
         raise ShapeError("distil_next3d", f"pictures of {sides[0]} pixels, {sides[1]} rays, planes of {sides[2]}, z of {sides[3]}", f"{c.size}, {c.neural_size}, {c.backbone.size}, {c.backbone.z_dim}", "Draw views of the generator's size.")
-    net = start_next3d(c, model, config.seed)
-
-    def look(run):
-        with run.evaluating():
-            return {"val/psnr": float(held_out_psnr(run.models["generator"], val).mean())}
-
-    adam = partial(torch.optim.Adam, lr=config.rate, betas=(0.9, 0.99), fused=True)
-    player = Player("generator", mesh_distillation_loss(config), ["generator"], adam, Cosine(config.steps, min(config.warmup, config.steps), config.rate_floor))
-    how = TrainConfig(config.steps, config.heads, ema=FixedDecay(config.ema, warmup=True), seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 200), device=config.device)
-    every = [Every(max(1, config.steps // 12), look)] if val is not None else []
-    about = {"distillation": asdict(config), "data": [facts, int(shots.images.sum(dtype=np.int64)), len(shots.z)]}
-    done = train(how, {"generator": net}, [player], mesh_source(data, config), scratch, [*every, *callbacks], about, label, progress)
-    made = Next3D(c)
-    made.load_state_dict(done.state_dict("generator"))
-    average_style(made.eval())
-    return DistilledMesh(made.requires_grad_(False), done.curve)
+    score = (lambda net: float(held_out_psnr(net, val).mean())) if val is not None else None
+    about = [facts, int(shots.images.sum(dtype=np.int64)), len(shots.z)]
+    return train_on_views(config, start_next3d(c, model, config.seed), Next3D(c), mesh_source(data, config), view_loss(config, mesh_scene), about, score, scratch, callbacks, label, progress)
 
 
 def held_out_psnr(
