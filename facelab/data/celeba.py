@@ -11,14 +11,14 @@ __all__ = ['ATTR', 'LANDMARKS', 'IDENTITY', 'PARTITION', 'IMAGES', 'WILD', 'BOXE
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .attributes import ATTRIBUTES
-from .reading import FolderReport, LeftOut, because, noted, reading_part, subset_rows, walk
+from .reading import FolderReport, LeftOut, PhotoSet, because, noted, reading_part, subset_rows, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text, safe_join
 from ..lab.images import read_image
@@ -150,7 +150,7 @@ class CelebAItem:
 
 
 @dataclass(frozen=True, eq=False)
-class CelebA:
+class CelebA(PhotoSet[CelebAItem]):
     "CelebA on disk; pictures are read when an item is asked for."
 
     root: Path
@@ -162,26 +162,11 @@ class CelebA:
     points: np.ndarray | None  # n 5 2
     boxes: np.ndarray | None  # n 4
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, at: int) -> CelebAItem:
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
+    def read(self, at: int) -> CelebAItem:
         part = int(self.partition[at])
         with reading_part("picture"):
             image = read_image(safe_join(self.images, self.names[at], links_out=True))
         return CelebAItem(self.names[at], image, self.attributes[at], int(self.identity[at]), SPLITS[part] if part >= 0 else "", *(None if a is None else a[at] for a in (self.points, self.boxes)))
-
-    def items(self, skipped: Skipped | None = None) -> Iterator[CelebAItem]:
-        "All items in order; with `skipped`, pictures that are missing or damaged are noted there and left out."
-        for at, name in enumerate(self.names):
-            try:
-                yield self[at]
-            except InputError as error:
-                if skipped is None:
-                    raise
-                skipped.add(name, error)
 
     def keep(self, rows: np.ndarray) -> "CelebA":
         "A subset: row numbers or a bool for each row."
@@ -197,9 +182,6 @@ class CelebA:
     def subset(self, share: float, seed: int = 0) -> "CelebA":
         "A share of it, as few-shot tables train on: 1 % and 10 % of the training split are 1,627 and 16,277 pictures (`facelab.data.reading.subset_rows`)."
         return self.keep(subset_rows(len(self), share, seed))
-
-    def name_of(self, at: int) -> str:
-        return self.names[at]
 
 # %% ../../nbs/data/50_celeba.ipynb #read-celeba
 def read_celeba(

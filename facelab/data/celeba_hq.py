@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'ATTR', 'POSE', 'MAPPING', 'FOLDERS', 'SUFFIXES', 'PARTS', 'TRAIN_END', 'VAL_END', 'number_of',
-           'find_pictures', 'read_mapping', 'partition_of', 'read_pose', 'CelebAHQItem', 'CelebAHQ', 'items', 'keep',
-           'split', 'read_attributes', 'find_points', 'read_celeba_hq', 'write_celeba_hq']
+           'find_pictures', 'read_mapping', 'partition_of', 'read_pose', 'CelebAHQItem', 'CelebAHQ', 'keep', 'split',
+           'read_attributes', 'find_points', 'read_celeba_hq', 'write_celeba_hq']
 
 # %% ../../nbs/data/80_celeba_hq.ipynb #imports
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from .attributes import ATTRIBUTES
 from .celeba import PARTITION, SPLITS, read_numbers
-from .reading import because, reading_part
+from .reading import PhotoSet, because, reading_part
 from .w300 import read_pts, write_pts
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text, safe_join
@@ -119,7 +119,7 @@ class CelebAHQItem:
 
 
 @dataclass(frozen=True, eq=False)
-class CelebAHQ:
+class CelebAHQ(PhotoSet[CelebAHQItem]):
     "CelebA-HQ on disk; pictures are read when an item is asked for."
 
     root: Path
@@ -130,12 +130,7 @@ class CelebAHQ:
     originals: list[str]
     points: list[Path | None]  # .pts files
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, at: int) -> CelebAHQItem:
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
+    def read(self, at: int) -> CelebAHQItem:
         with reading_part("picture"):
             image = read_image(safe_join(self.root, self.names[at], links_out=True))
         with reading_part("landmarks"):
@@ -144,20 +139,6 @@ class CelebAHQ:
         return CelebAHQItem(self.names[at], image, *(None if a is None else a[at] for a in (self.attributes, self.pose)), marks, SPLITS[part] if part >= 0 else "", self.originals[at])
 
 # %% ../../nbs/data/80_celeba_hq.ipynb #use
-def items(
-    self: CelebAHQ,
-    skipped: Skipped | None = None,  # notes pictures that are damaged, which are left out; None: each is an error
-) -> Iterator[CelebAHQItem]:
-    "All items in order."
-    for at, name in enumerate(self.names):
-        try:
-            yield self[at]
-        except InputError as error:
-            if skipped is None:
-                raise
-            skipped.add(name, error)
-
-
 def keep(
     self: CelebAHQ,
     rows: np.ndarray,  # row numbers, or a bool for each row
@@ -179,7 +160,7 @@ def split(
     return self.keep(chosen)
 
 
-CelebAHQ.items, CelebAHQ.keep, CelebAHQ.split = items, keep, split
+CelebAHQ.keep, CelebAHQ.split = keep, split
 
 # %% ../../nbs/data/80_celeba_hq.ipynb #attributes
 def read_attributes(

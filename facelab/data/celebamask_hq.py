@@ -8,7 +8,7 @@ __all__ = ['MASKS', 'MASK_SIDE', 'MASK_NAME', 'HQ_COUNTS', 'mask_path', 'read_ma
 
 # %% ../../nbs/data/90_celebamask_hq.ipynb #imports
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from jaxtyping import Bool, UInt8
 from .celeba import SPLITS
 from .celeba_hq import CelebAHQ, number_of, read_celeba_hq, write_celeba_hq
 from .label_sets import CELEBAMASK_PARTS, LabelSet, celebamask_set, check_labels, remap
-from .reading import FolderReport, LeftOut, because, noted, reading_part, walk
+from .reading import FolderReport, LeftOut, PhotoSet, because, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.images import read_image, resize, write_image
 
@@ -84,7 +84,7 @@ class CelebAMaskItem:
 
 
 @dataclass(frozen=True, eq=False)
-class CelebAMaskHQ:
+class CelebAMaskHQ(PhotoSet[CelebAMaskItem]):
     "CelebAMask-HQ on disk; pictures and masks are read when an item is asked for."
 
     pictures: CelebAHQ
@@ -93,22 +93,12 @@ class CelebAMaskHQ:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, at: int) -> CelebAMaskItem:
+    def read(self, at: int) -> CelebAMaskItem:
         photo = self.pictures[at]
         with reading_part("masks"):
             masks = read_masks(self.pictures.root, int(number_of(photo.name)))
             labels = merge_masks(masks, self.classes.classes[1:])
         return CelebAMaskItem(photo.name, photo.image, labels, tuple(masks), photo.attributes, photo.landmarks_2d, photo.split, photo.original)
-
-    def items(self, skipped: Skipped | None = None) -> Iterator[CelebAMaskItem]:
-        "All items in order; with `skipped`, those that cannot be read are noted there and left out."
-        for at in range(len(self)):
-            try:
-                yield self[at]
-            except InputError as error:
-                if skipped is None:
-                    raise
-                skipped.add(self.name_of(at), error)
 
     def keep(self, rows: np.ndarray) -> "CelebAMaskHQ":
         "A part of it: row numbers or a bool for each row."

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .reading import FolderReport, LeftOut, because, noted, reading_part, walk
+from .reading import FolderReport, LeftOut, PhotoSet, because, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped, UnsafeFileError, printable
 from ..lab.files import atomic_write, check_file, read_json
 from ..lab.images import read_image
@@ -256,7 +256,7 @@ def read_stats(
 
 # %% ../../nbs/data/84_laion_face.ipynb #index
 @dataclass(frozen=True, eq=False)
-class LaionFace:
+class LaionFace(PhotoSet[LaionItem]):
     "LAION-Face on disk by number; bytes are read when an item is asked for."
 
     shards: list[Path]
@@ -264,12 +264,7 @@ class LaionFace:
     places: np.ndarray  # n 6 int64: first byte and length of picture, caption, facts (length -1: none)
     limits: TarLimits = TarLimits()
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, at: int) -> LaionItem:
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
+    def read(self, at: int) -> LaionItem:
         shard, key = self.names[at]
         parts = {}
         try:
@@ -287,16 +282,6 @@ class LaionFace:
     def name_of(self, at: int) -> str:
         shard, key = self.names[at]
         return f"{shard_name(self.shards[shard])}/{key}"
-
-    def items(self, skipped: Skipped | None = None) -> Iterator[LaionItem]:
-        "All items in order; with `skipped`, those whose caption cannot be used are noted there and left out. Pictures are not decoded."
-        for at in range(len(self)):
-            try:
-                yield self[at]
-            except InputError as error:
-                if skipped is None:
-                    raise
-                skipped.add(self.name_of(at), error)
 
 
 def read_laion_face(

@@ -9,7 +9,7 @@ __all__ = ['NUMBER', 'LAPA_COUNTS', 'PICTURES', 'write_lapa_points', 'read_lapa_
 # %% ../../nbs/data/88_lapa.ipynb #imports
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from .label_sets import check_labels, class_names
 from .points106 import points106
-from .reading import FolderReport, LeftOut, because, folder_of, noted, reading_part, walk
+from .reading import FolderReport, LeftOut, PhotoSet, because, folder_of, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text
 from ..lab.images import read_image, write_image
@@ -86,7 +86,7 @@ class LapaItem:
 
 
 @dataclass(frozen=True, eq=False)
-class Lapa:
+class Lapa(PhotoSet[LapaItem]):
     "LaPa on disk; files are read when an item is asked for."
 
     root: Path
@@ -94,12 +94,7 @@ class Lapa:
     files: list[tuple[Path, Path, Path | None]]  # picture, label map, points
     base: float = 0.0
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, at: int) -> LapaItem:
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
+    def read(self, at: int) -> LapaItem:
         picture, labels, points = self.files[at]
         with reading_part("picture"):
             image = read_image(picture)
@@ -109,23 +104,10 @@ class Lapa:
             marks = None if points is None else read_lapa_points(points, self.base)
         return LapaItem(self.names[at], image, classes, marks, self.names[at].split("/")[0])
 
-    def items(self, skipped: Skipped | None = None) -> Iterator[LapaItem]:
-        "All items in order; with `skipped`, those that cannot be read are noted there and left out."
-        for at, name in enumerate(self.names):
-            try:
-                yield self[at]
-            except InputError as error:
-                if skipped is None:
-                    raise
-                skipped.add(name, error)
-
     def keep(self, rows: np.ndarray) -> "Lapa":
         "A part of it: row numbers or a bool for each row."
         rows = np.arange(len(self))[rows]
         return Lapa(self.root, [self.names[i] for i in rows], [self.files[i] for i in rows], self.base)
-
-    def name_of(self, at: int) -> str:
-        return self.names[at]
 
 # %% ../../nbs/data/88_lapa.ipynb #read
 LAPA_COUNTS = {"train": 18_176, "val": 2_000, "test": 2_000}  # from memory

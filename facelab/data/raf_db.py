@@ -11,13 +11,13 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .reading import FolderReport, LeftOut, because, folder_of, noted, reading_part, subset_rows, walk
+from .reading import FolderReport, LeftOut, PhotoSet, because, folder_of, noted, reading_part, subset_rows, walk
 from .scene import EXPRESSIONS
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text, safe_join
@@ -120,7 +120,7 @@ class RafItem:
 
 
 @dataclass(frozen=True, eq=False)
-class RafDb:
+class RafDb(PhotoSet[RafItem]):
     "RAF-DB on disk; pictures are read when an item is asked for."
 
     root: Path
@@ -128,26 +128,11 @@ class RafDb:
     files: list[Path]
     labels: np.ndarray  # n: 0 to 6
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, at: int) -> RafItem:
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
+    def read(self, at: int) -> RafItem:
         with reading_part("picture"):
             image = read_image(safe_join(self.root, self.files[at].relative_to(self.root), links_out=True))
         label = int(self.labels[at])
         return RafItem(self.names[at], image, label, RAF_CLASSES[label], self.names[at].split("_")[0])
-
-    def items(self, skipped: Skipped | None = None) -> Iterator[RafItem]:
-        "All items in order; with `skipped`, pictures that are damaged are noted there and left out."
-        for at, name in enumerate(self.names):
-            try:
-                yield self[at]
-            except InputError as error:
-                if skipped is None:
-                    raise
-                skipped.add(name, error)
 
     def keep(self, rows: np.ndarray) -> "RafDb":
         "A part of it: row numbers or a bool for each row."
@@ -163,9 +148,6 @@ class RafDb:
     def subset(self, share: float, seed: int = 0) -> "RafDb":
         "A share of it: 20 % and 50 % of the training split are 2,454 and 6,135 pictures (`facelab.data.reading.subset_rows`)."
         return self.keep(subset_rows(len(self), share, seed))
-
-    def name_of(self, at: int) -> str:
-        return self.names[at]
 
 # %% ../../nbs/data/86_raf_db.ipynb #read
 def read_raf_db(

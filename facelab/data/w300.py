@@ -8,13 +8,13 @@ __all__ = ['HEAD', 'SETS', 'PICTURES', 'PUBLISHED', 'write_pts', 'read_pts', 'W3
 
 # %% ../../nbs/data/55_w300.ipynb #imports
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .reading import FolderReport, LeftOut, because, folder_of, noted, reading_part, walk
+from .reading import FolderReport, LeftOut, PhotoSet, because, folder_of, noted, reading_part, walk
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text
 from ..lab.images import read_image
@@ -75,7 +75,7 @@ class W300Item:
 
 
 @dataclass(frozen=True, eq=False)
-class W300:
+class W300(PhotoSet[W300Item]):
     "300-W on disk; pictures and points are read when an item is asked for."
 
     root: Path
@@ -84,7 +84,7 @@ class W300:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, at: int) -> W300Item:
+    def read(self, at: int) -> W300Item:
         picture, points = self.pairs[at]
         with reading_part("picture"):
             image = read_image(picture)
@@ -93,16 +93,6 @@ class W300:
 
     def name_of(self, at: int) -> str:
         return self.pairs[at][1].relative_to(self.root).as_posix()
-
-    def items(self, skipped: Skipped | None = None) -> Iterator[W300Item]:
-        "All items in order; with `skipped`, pictures and points that cannot be read are noted there and left out."
-        for at, (_, points) in enumerate(self.pairs):
-            try:
-                yield self[at]
-            except InputError as error:
-                if skipped is None:
-                    raise
-                skipped.add(points.relative_to(self.root).as_posix(), error)
 
 
 def stem_of(path: Path) -> str:
