@@ -23,6 +23,7 @@ from .portraits import Portraits
 from .styles import InversionConfig, Inverted, check_styles, invert
 from .tuning import TuneConfig, tune
 from ..nets.eg3d import Generator, Rendered
+from ..nets.texture_planes import MeshViews
 
 # %% ../../nbs/my3dgen/46_personalize.ipynb #config
 SMALL_LOSS = PhotoLoss(perceptual=0.5, raw_perceptual=0.0, norm="l1")  # ours
@@ -54,19 +55,23 @@ def render_views(
     adapter: Adapter | None = None,
     neural_size: int | None = None,  # rays a side
     batch: int = 8,  # views at a time
+    meshes: MeshViews | None = None,  # one a camera; or one for all; where a mesh moves the generator
 ) -> Rendered:  # on the CPU
     "Views of styles. Raises `ShapeError` for styles that are not finite, or not as many as cameras."
     styles, device = check_styles(styles, generator), next(generator.parameters()).device
     if len(styles) not in (1, len(cams)):
         raise ShapeError("render_views", f"{len(styles)} styles, {len(cams)} cameras", "one style a camera, or one for all", "Repeat the styles, or the cameras.")
     changes = None if adapter is None else adapter.to(device).changes(generator)
-    planes, parts = generator.planes(styles.to(device), changes=changes) if len(styles) == 1 else None, []
+    still = len(styles) == 1 and (meshes is None or len(meshes.hit) == 1)
+    given = lambda rows: {} if meshes is None else {"views": MeshViews(*(part.to(device) for part in (meshes if len(meshes.hit) == 1 else meshes.pick(rows))))}
+    planes, parts = generator.planes(styles.to(device), changes=changes, **given(slice(1))) if still else None, []
     for at in range(0, len(cams), batch):
         some = slice(at, at + batch)
         if planes is not None:
             parts.append(generator.render(planes, styles.to(device), cams[some].to(device), neural_size, changes=changes))
         else:
-            parts.append(generator.synthesis(styles[some].to(device), cams[some].to(device), neural_size, changes=changes))
+            ws = styles[some] if len(styles) > 1 else styles.expand(len(cams[some]), -1, -1)
+            parts.append(generator.synthesis(ws.to(device), cams[some].to(device), neural_size=neural_size, changes=changes, **given(some)))
     return Rendered(*(torch.cat(part).cpu() for part in zip(*parts)))
 
 # %% ../../nbs/my3dgen/46_personalize.ipynb #prior
@@ -91,9 +96,9 @@ class PersonalPrior:
         "Anchors."
         return len(self.anchors)
 
-    def render(self, styles: Float[Tensor, "n l d"], cams: Float[Tensor, "b 25"], neural_size: int | None = None) -> Rendered:
+    def render(self, styles: Float[Tensor, "n l d"], cams: Float[Tensor, "b 25"], neural_size: int | None = None, meshes: MeshViews | None = None) -> Rendered:
         "Views of styles, as this person."
-        return render_views(self.generator, styles, cams, self.adapter, neural_size)
+        return render_views(self.generator, styles, cams, self.adapter, neural_size, meshes=meshes)
 
     def invert(self, photos: Float[Tensor, "n 3 s s"], cams: Float[Tensor, "n 25"], config: InversionConfig, **how) -> Inverted:
         "Styles of photos that were not among the anchors, in this person's generator."
@@ -129,16 +134,17 @@ class PersonalPrior:
         about: str = "",
         device: str = "auto",
         anchors: Float[Tensor, "n l d"] | None = None,  # styles that were found before; None: invert
+        meshes: MeshViews | None = None,  # of the photos, where a mesh moves the generator
     ) -> "PersonalPrior":
         "Invert the photos, then tune the adapter to them."
         if not len(portraits):
             raise InputError("photos", "none", "one or more", "About 50 is the paper's number.")
         scratch, label, report = None if scratch is None else Path(scratch), about or "person", {}
         if anchors is None:
-            found = invert(generator, portraits.images, portraits.cams, config.inversion, scratch=None if scratch is None else scratch / "anchors", seed=seed, label=f"{label}: anchors", device=device)
+            found = invert(generator, portraits.images, portraits.cams, config.inversion, scratch=None if scratch is None else scratch / "anchors", seed=seed, label=f"{label}: anchors", device=device, meshes=meshes)
             anchors, report["anchor_loss"] = found.styles, found.loss
         adapter = Adapter(generator, config.adapter, torch.Generator().manual_seed(seed))
-        report["curve"] = tune(generator, portraits.images, portraits.cams, anchors, config.tuning, adapter, None if scratch is None else scratch / "adapter", seed, f"{label}: adapter", device, base_hash(generator))
+        report["curve"] = tune(generator, portraits.images, portraits.cams, anchors, config.tuning, adapter, None if scratch is None else scratch / "adapter", seed, f"{label}: adapter", device, base_hash(generator), meshes)
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         return cls(generator, adapter.cpu().eval(), anchors, portraits.cams, about, report)

@@ -19,6 +19,7 @@ from ..lab.train import Player, Step, TrainConfig, train
 from .adapter import Adapter
 from .photo_loss import PhotoLoss, photo_terms
 from ..nets.eg3d import Generator
+from ..nets.texture_planes import MeshViews
 
 # %% ../../nbs/my3dgen/43_styles.ipynb #average
 @torch.no_grad()
@@ -103,10 +104,11 @@ def fit_styles(
     seed: int = 0,
     label: str = "invert",
     device: str = "auto",
+    meshes: MeshViews | None = None,  # of the photos, where a mesh moves the generator
 ) -> Float[Tensor, "n"]:  # the loss of each photo at the end
     "Move the styles until the photos are met."
     generator.requires_grad_(False).eval()
-    distance, state = config.loss.open(), {}
+    distance, state, given = config.loss.open(), {}, {} if meshes is None else {"views": meshes}
 
     def loss(models, batch, step: Step):
         at, net = step.device, models["generator"]
@@ -115,19 +117,19 @@ def fit_styles(
         if config.noise and fade:
             ws = ws + config.noise * spread / ws.shape[-1] ** 0.5 * fade * torch.randn(len(ws), 1, ws.shape[-1], generator=torch.Generator().manual_seed(step.seed_from(2))).to(at)
         changes = None if adapter is None else adapter.changes(net)
-        terms = photo_terms(net.synthesis(ws, cams.to(at), changes=changes), photos.to(at), config.loss, distance)
+        terms = photo_terms(net.synthesis(ws, cams.to(at), changes=changes, **given), photos.to(at), config.loss, distance)
         state["loss"] = terms["loss"].detach().cpu()
         return {"loss": terms["loss"].sum() + models["styles"].penalty()}
 
     who = Player("styles", loss, ["styles"], lambda groups: torch.optim.Adam(groups, lr=config.rate), ProjectorRamp(config.steps, config.warmup, config.cooldown))
     models = {"styles": styles, "generator": generator} | ({} if adapter is None else {"adapter": adapter.requires_grad_(False)})
     plan = TrainConfig(steps=config.steps, batch=1, seed=seed, keep_frozen=False, log_every=max(1, config.steps // 20), device=device)
-    facts = {"photos": photos, "cams": cams, "config": config, "adapter": None if adapter is None else adapter.state_dict()}
+    facts = {"photos": photos, "cams": cams, "config": config, "adapter": None if adapter is None else adapter.state_dict(), "meshes": None if meshes is None else list(meshes)}
     train(plan, models, [who], None, scratch, facts=facts, label=label)
     if "loss" not in state:  # a finished run was found: ask once
         with torch.no_grad():
             changes = None if adapter is None else adapter.changes(generator)
-            state["loss"] = photo_terms(generator.synthesis(styles(), cams.to(next(styles.parameters()).device), changes=changes), photos.to(next(styles.parameters()).device), config.loss, distance)["loss"].cpu()
+            state["loss"] = photo_terms(generator.synthesis(styles(), cams.to(next(styles.parameters()).device), changes=changes, **given), photos.to(next(styles.parameters()).device), config.loss, distance)["loss"].cpu()
     return state["loss"]
 
 # %% ../../nbs/my3dgen/43_styles.ipynb #inverted
@@ -164,6 +166,7 @@ def invert(
     seed: int = 0,
     label: str = "invert",
     device: str = "auto",
+    meshes: MeshViews | None = None,  # of the photos, where a mesh moves the generator
 ) -> Inverted:
     "Styles of photos, by descent from the average style or a given one."
     if not len(photos):
@@ -181,6 +184,6 @@ def invert(
         module = FreeStyles(first.to(mean), config.space)
         folder = None if scratch is None else Path(scratch) / f"photos_{at:03d}"
         many = f" {at + 1}-{min(at + config.group, len(photos))} of {len(photos)}"
-        losses.append(fit_styles(generator, module, photos[some], cams[some], how, spread, adapter, folder, seed, label + many, device))
+        losses.append(fit_styles(generator, module, photos[some], cams[some], how, spread, adapter, folder, seed, label + many, device, None if meshes is None else meshes.pick(some)))
         found.append(module().detach().cpu())
     return Inverted(torch.cat(found), torch.cat(losses))

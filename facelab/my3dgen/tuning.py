@@ -23,6 +23,7 @@ from .adapter import Adapter
 from .photo_loss import PhotoLoss, photo_terms
 from .styles import check_styles
 from ..nets.eg3d import Generator
+from ..nets.texture_planes import MeshViews
 from ..nets.volume import random_draws
 
 # %% ../../nbs/my3dgen/44_tuning.ipynb #config
@@ -67,6 +68,7 @@ def tune(
     label: str = "tune",
     device: str = "auto",
     about: Any = None,  # what else the run depends on
+    meshes: MeshViews | None = None,  # of the photos, where a mesh moves the generator
 ) -> pd.DataFrame:  # the curve
     "Tune an adapter, or a whole generator, in place."
     if not len(photos) == len(cams) == len(check_styles(styles, generator)):
@@ -78,25 +80,26 @@ def tune(
     distance, volume = config.loss.open(), generator.config.volume
 
     def loss(models, batch, step: Step):
-        images, cam, ws = batch
+        images, cam, ws, *mesh = batch
         net, changes, draws = models["generator"], None, None
+        given = {"views": MeshViews(*mesh)} if mesh else {}
         if adapter is not None:
             changes = adapter.changes(net)
         if config.jitter:
             draws = random_draws(len(cam), net.config.neural_size**2, volume, torch.Generator().manual_seed(step.seed_from(3)))
-        terms = photo_terms(net.synthesis(ws, cam, draws=draws, changes=changes), images, config.loss, distance)
+        terms = photo_terms(net.synthesis(ws, cam, draws=draws, changes=changes, **given), images, config.loss, distance)
         return {name: value.mean() for name, value in terms.items()}
 
     def enough(run: Training):
         if config.stop_at and run.row.get("tune/perceptual", config.stop_at + 1) <= config.stop_at:
             run.stop(f"the perceptual term is at {config.stop_at:g}")
 
-    items = Items(len(photos), lambda k, rng: (photos[k], cams[k], styles[k]))
+    items = Items(len(photos), lambda k, rng: (photos[k], cams[k], styles[k], *(() if meshes is None else (part[k] for part in meshes))))
     schedule = Cosine(config.steps) if config.cosine else Constant()
     who = Player("tune", loss, lambda models: moving, lambda groups: torch.optim.Adam(groups, lr=config.rate, betas=config.betas), schedule)
     models = {"generator": generator} | ({} if adapter is None else {"adapter": adapter})
     plan = TrainConfig(steps=config.steps, batch=min(config.batch, len(photos)), seed=seed, keep_frozen=False, log_every=1 if config.stop_at else max(1, config.steps // 100), device=device)
-    facts = {"photos": photos, "cams": cams, "styles": styles, "config": config, "adapter": None if adapter is None else adapter.config, "about": about}
+    facts = {"photos": photos, "cams": cams, "styles": styles, "config": config, "adapter": None if adapter is None else adapter.config, "about": about, "meshes": None if meshes is None else list(meshes)}
     done = train(plan, models, [who], items, scratch, [enough] if config.stop_at else (), facts, label)
     for weight in moving:
         weight.requires_grad_(False)

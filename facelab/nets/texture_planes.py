@@ -7,6 +7,7 @@ __all__ = ['VIEW_ANGLES', 'LEVELS', 'MeshViews', 'texture_views', 'sweep', 'floo
            'merged_views', 'merged_alpha', 'mouth_boxes', 'resize_matrix', 'cut', 'paste']
 
 # %% ../../nbs/nets/85_texture_planes.ipynb #imports
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class MeshViews(NamedTuple):
     uv: Float[Tensor, "b 4 s s 2"]  # place in the texture, -1..1, x right and y down; 0 where no mesh is
     hit: Bool[Tensor, "b 4 s s"]  # where a mesh is
     mouth: Float[Tensor, "b 12 2"]  # landmarks 48..59 on the front plane, -1..1 (x, y)
+
+    def pick(self, rows: slice | Sequence[int]) -> "MeshViews":
+        "Some of the meshes."
+        return MeshViews(*(part[rows] for part in self))
 
 
 def texture_views(

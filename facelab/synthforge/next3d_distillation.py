@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..data.dress import shape_code
 from ..data.rig import load_rig
+from ..data.scene import Scene
 from ..data.semantic import LIGHTS, PAINTS, Z_NAMES, scene_of
 from ..data.views import PIVOT, Shots, pixel_weight
 from ..face.head_expression import clamp_lids, expression_basis, expression_coefficients
@@ -47,10 +48,10 @@ def look_of(
 
 
 def codes_of(
-    z: Float[np.ndarray, "64"],  # on the sphere
+    scene: Scene,  # somebody at a moment
 ) -> tuple[Float[np.ndarray, "80"], Float[np.ndarray, "64"]]:  # shape, expression, of the procedural head
-    "Codes of the mesh of these numbers."
-    rig, scene = load_rig(), scene_of(z)
+    "Codes of the mesh of a scene's head."
+    rig = load_rig()
     shape = shape_code(scene.person)
     neutral = rig.mean + (rig.shape_basis.reshape(len(shape), -1).T @ shape).reshape(-1, 3)
     code = expression_basis().code(clamp_lids(expression_coefficients(scene.moves), neutral))
@@ -89,7 +90,7 @@ def add_meshes(
     label: str = "meshes",  # of the progress line
 ) -> MeshShots:
     "Codes and mesh views of drawn heads."
-    codes = [codes_of(z.astype(np.float64)) for z in shots.z]
+    codes = [codes_of(scene_of(z.astype(np.float64))) for z in shots.z]
     shape, exp = (np.stack(part) for part in zip(*codes))
     corner, rows, bar = corner_places(model), [], Progress(len(shape), label)
     for first in range(0, len(shape), batch):
