@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.errors import InputError
-from ..lab.files import read_json, write_json
 from ..lab.images import read_image
 from ..lab.inert import Stub
-from ..lab.unpickle import load_pickle, state_dict_of
-from .eg3d_convert import backbone_config, superres_config, volume_config
+from ..lab.unpickle import state_dict_of
+from .eg3d_convert import backbone_config, checked_state, official_network, save_eg3d, saved_config, scene_numbers, superres_config, volume_config
 from .next3d import Next3D, Next3DConfig, Next3DVolume
 from .triplane import NEXT3D_AXES
 
@@ -49,8 +48,7 @@ def next3d_config(
             raise KeyError("mouth_backbone.synthesis.encoder")
         return Next3DConfig(
             backbone_config(kwargs, 3 * features), Next3DVolume(**vars(volume)), superres_config(modules["superresolution"].kind, rendering, kwargs.get("sr_num_fp16_res", 0)),
-            state.get("neural_rendering_resolution", 64), hidden, float(rendering.get("decoder_lr_mul", 1)), float(rendering.get("c_scale", 0)), bool(rendering.get("c_gen_conditioning_zero", False)),
-            float(rendering.get("avg_camera_radius", 2.7)), tuple(float(x) for x in rendering.get("avg_camera_pivot", (0, 0, 0))), mouth_low=64 >> mouth, blend_low=256 >> blend,
+            hidden=hidden, mouth_low=64 >> mouth, blend_low=256 >> blend, **scene_numbers(state, rendering),
             num_faces=tensors["faces"].shape[1], num_uv=tensors["raw_uvcoords"].shape[1], num_dense=tensors["dense_faces"].shape[1] if "dense_faces" in tensors else 0,
         )  # fmt: skip
     except InputError:
@@ -68,15 +66,7 @@ def checked_next3d(
     what: str | Path,  # the file, for messages
 ) -> dict[str, Tensor]:  # single precision; whole numbers as int64
     "The weights, if they are those of this configuration. Raises `InputError` otherwise."
-    with torch.device("meta"):
-        wanted = {name: tuple(value.shape) for name, value in Next3D(config).state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if odd := sorted(set(wanted.items()) ^ set(found.items())):
-        name = odd[0][0]
-        raise InputError(what, f"{name} of shape {found.get(name, 'nothing')}", f"{wanted.get(name, 'nothing')} by its configuration ({len({n for n, _ in odd})} of {len(wanted)} names differ)", "The file is damaged, or of a changed architecture.")
-    state = {name: value.long() if name in INDICES else value.float() for name, value in tensors.items()}
-    if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
-        raise InputError(what, f"{bad[0]} with values that are not finite", "finite weights", "The training diverged, or the file is damaged.")
+    state = checked_state(tensors, config, what, Next3D, INDICES)
     if state["uvfaces"].numel() and not 0 <= int(state["uvfaces"].min()) <= int(state["uvfaces"].max()) < config.num_uv or int(state["faces"].min()) < 0:
         raise InputError(what, "triangles of points that are not there", f"numbers in 0..{config.num_uv - 1}", "The file is damaged.")
     return state
@@ -102,11 +92,8 @@ def save_next3d(
     source: str = "",  # where they come from, in words
 ) -> Path:
     "Write a generator as `config.json`, `model.safetensors` and `mask.safetensors`."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", {name: value.half() if half and name not in INDICES else value for name, value in state.items()})
+    folder = save_eg3d(folder, config, state, half, source, "next3d", INDICES)
     write_safetensors(folder / "mask.safetensors", {"face_mask": mask})
-    write_json(folder / "config.json", {"kind": "next3d", "config": config.to_dict(), "source": source})
     return folder
 
 
@@ -115,12 +102,8 @@ def read_official_next3d(
     network: str = "G_ema",  # or "G"
 ) -> tuple[Next3DConfig, dict[str, Tensor]]:
     "Configuration and weights of an official pickle. Nothing in it is run."
-    data = load_pickle(path)
-    if not isinstance(data, dict) or not isinstance(data.get(network), Stub):
-        held = sorted(map(str, data))[:8] if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise InputError(path, f"{held}", f"a pickle with the network {network!r}", "Is it a checkpoint of Next3D's train.py?")
-    config = next3d_config(data[network])
-    tensors = dict(state_dict_of(data[network]))
+    held = official_network(path, network, "MrTornado24/Next3D")
+    config, tensors = next3d_config(held), dict(state_dict_of(held))
     if config.num_dense == 0:
         tensors.setdefault("dense_faces", torch.zeros(1, 0, 3, dtype=torch.long))
     return config, checked_next3d(tensors, config, path)
@@ -146,10 +129,7 @@ def load_next3d(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(folder, "no folder", "config.json, model.safetensors, mask.safetensors", "Convert the checkpoint: python -m facelab.nets.next3d_convert network.pkl uv_face_eye_mask.png folder")
-    said = read_json(folder / "config.json")
-    if not isinstance(said, dict) or said.get("kind") != "next3d":
-        raise InputError(folder / "config.json", f"kind {said.get('kind') if isinstance(said, dict) else type(said).__name__!r}", "a Next3D generator", "Convert the checkpoint with convert_next3d.")
-    config = Next3DConfig.from_dict(said.get("config"))
+    config = Next3DConfig.from_dict(saved_config(folder, "next3d"))
     net = Next3D(config)
     net.load_state_dict(checked_next3d(read_safetensors(folder / "model.safetensors"), config, folder / "model.safetensors"))
     mask = read_safetensors(folder / "mask.safetensors").get("face_mask")
