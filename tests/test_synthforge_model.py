@@ -82,3 +82,18 @@ def test_wrong_sizes_are_refused():
         LabelConfig(())
     with pytest.raises(ShapeError, match="64, 64"):
         SyntheticBackbone(MINI)(torch.zeros(1, 3, 32, 32))
+
+
+def test_heads_that_nobody_asks_stay_silent():
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    for tasks, with_depth, silent in ((("seg",), False, ("depth", "kps")), (("seg",), True, ("kps",)), (("kps",), False, ("seg", "depth"))):
+        net = FineTuned(SyntheticBackbone(MINI), LabelConfig(tasks, 11, True, with_depth, width=4)).eval()
+        asked = []
+        for name in TASKS:
+            getattr(net.backbone, name).register_forward_hook(lambda *_, name=name, asked=asked: asked.append(name))
+        net(images)
+        assert set(asked) == set(TASKS) - set(silent)
+        said = net.synthetic(images)
+        assert said.seg is not None and said.depth is not None and said.coords is not None
+    assert SyntheticBackbone(BackboneConfig(64, 16, 8, 20, MINI.hourglass, 4)).seg.width == 4

@@ -13,7 +13,7 @@ from facelab.face.align import warp
 from facelab.lab.errors import InputError, ShapeError
 from facelab.nets.unet import UNet
 from facelab.synthforge.model import Predictions
-from facelab.synthforge.objective import Annotations, TaskWeights, depth_loss, draw_moves, equivariance_loss, kps_loss, seg_loss, turn_and_shift, weighted_loss
+from facelab.synthforge.objective import CODE_STAGE1, CODE_STAGE2, PAPER_STAGE1, Annotations, TaskWeights, depth_loss, draw_moves, equivariance_loss, heat_loss, kps_loss, seg_loss, turn_and_shift, weighted_loss
 
 
 def gap(ours, theirs):
@@ -113,3 +113,31 @@ def test_l1_of_the_code_is_a_sum_over_the_batch():
         TaskWeights(reading="l2")
     with pytest.raises(InputError):
         TaskWeights(seg=-1.0)
+
+
+def test_what_is_ours_is_off_in_the_published_weights():
+    for weights in (PAPER_STAGE1, CODE_STAGE1, CODE_STAGE2):
+        assert (weights.heat, weights.balance, weights.ssl_part) == (0.0, 0.0, 1.0)
+    with pytest.raises(InputError, match="part"):
+        TaskWeights(ssl_part=0.0)
+
+
+def test_heat_maps_are_pulled_to_the_true_place():
+    true = torch.tensor([[[-0.5, 0.25]]]).expand(2, 68, 2)
+    heat = torch.ones(2, 68, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(heat_loss(heat, true).sum(), heat)
+    row, col = divmod(int(grad[0, 0].argmin()), 8)  # where more heat helps most
+    assert abs((col + 0.5) / 4 - 1 + 0.5) <= 0.25 and abs((row + 0.5) / 4 - 1 - 0.25) <= 0.25
+    assert torch.allclose(heat_loss(3 * heat, true), heat_loss(heat, true))  # the scale does not matter
+    found, known = Predictions(None, None, true, heat, None), Annotations(coords=true)
+    assert "heat" not in weighted_loss(found, known) and "heat" in weighted_loss(found, known, TaskWeights(heat=1.0))
+
+
+def test_rare_classes_are_lifted_and_the_rest_is_as_before():
+    scores = torch.randn(2, 5, 6, 6, generator=torch.Generator().manual_seed(1))
+    labels = torch.zeros(2, 6, 6, dtype=torch.long)
+    labels[0, 0, 0], labels[1, 2, 2] = 3, 255
+    each = torch.nn.functional.cross_entropy(scores, labels.clamp(max=4), reduction="none")
+    share = torch.where(labels == 3, 71.0, 71 / 70) * (labels != 255)
+    assert torch.allclose(seg_loss(scores, labels, 1.0), (each * share).sum((1, 2)) / share.sum((1, 2)), atol=1e-5)
+    assert torch.allclose(seg_loss(scores, labels, 1e-9), seg_loss(scores, labels), atol=1e-5)

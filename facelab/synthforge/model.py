@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'MINI', 'TASKS', 'BackboneConfig', 'Predictions', 'Synthetic
            'FineTuned', 'plain_config', 'net_of']
 
 # %% ../../nbs/synthforge/12_model.ipynb #imports
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ class BackboneConfig:
     width: int = 64  # of the three U-Nets' finest level  # authors' code
     classes: int = 20  # background and 19 regions  # authors' code
     hourglass: HourglassConfig = field(default_factory=HourglassConfig)
+    head_width: int = 0  # of the U-Nets behind the features, where it is another; 0: the same
 
     def __post_init__(self):
         if self.hourglass.cin != self.features or self.hourglass.halvings is None or self.size % 16:
@@ -54,6 +55,9 @@ class Predictions(NamedTuple):
         return (self.coords + 1) / 2 * size
 
 # %% ../../nbs/synthforge/12_model.ipynb #backbone
+TASKS = ("seg", "depth", "kps")
+
+
 class SyntheticBackbone(nn.Module):
     "Encoder and heads of stage I (paper 3.2)."
 
@@ -64,8 +68,8 @@ class SyntheticBackbone(nn.Module):
         super().__init__()
         self.settings = config
         self.encoder = UNet(3, config.features, config.width)
-        self.seg = UNet(config.features, config.classes, config.width)
-        self.depth = UNet(config.features, 1, config.width)
+        behind = config.head_width or config.width
+        self.seg, self.depth = UNet(config.features, config.classes, behind), UNet(config.features, 1, behind)
         self.kps = StackedHourglass(config.hourglass)
 
     def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:  # f_s
@@ -75,18 +79,16 @@ class SyntheticBackbone(nn.Module):
             raise ShapeError("SyntheticBackbone input", f"images {tuple(images.shape)}", f"(b, 3, {size}, {size}), colours in -1..1", "Cut and resize the faces first.")
         return self.encoder(images)
 
-    def heads(self, features: Float[Tensor, "b c h w"]) -> Predictions:
-        "What the heads make of features."
-        maps = self.kps(features)[-1]
-        return Predictions(self.seg(features), self.depth(features), maps.coords, maps.fused, features)
+    def heads(self, features: Float[Tensor, "b c h w"], tasks: Collection[str] = TASKS) -> Predictions:
+        "What the heads of some tasks make of features."
+        maps = self.kps(features)[-1] if "kps" in tasks else None
+        seg, depth = (head(features) if name in tasks else None for name, head in (("seg", self.seg), ("depth", self.depth)))
+        return Predictions(seg, depth, maps and maps.coords, maps and maps.fused, features)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Predictions:
-        return self.heads(self.features(images))
+    def forward(self, images: Float[Tensor, "b 3 h w"], tasks: Collection[str] = TASKS) -> Predictions:
+        return self.heads(self.features(images), tasks)
 
 # %% ../../nbs/synthforge/12_model.ipynb #label-config
-TASKS = ("seg", "depth", "kps")
-
-
 @dataclass(frozen=True)
 class LabelConfig:
     "Which translators, and what they see."
@@ -153,18 +155,19 @@ class FineTuned(nn.Module):
         self.backbone.eval()
         return self
 
-    def synthetic(self, images: Float[Tensor, "b 3 h w"]) -> Predictions:
-        "What the frozen backbone says (SB in the paper's tables)."
+    def synthetic(self, images: Float[Tensor, "b 3 h w"], tasks: Collection[str] = TASKS) -> Predictions:
+        "What the frozen backbone says of some tasks (SB in the paper's tables)."
         was = self.backbone.training
         self.backbone.eval()  # someone may have switched it by itself
         with torch.no_grad():
-            said = self.backbone(images)
+            said = self.backbone(images, tasks)
         self.backbone.train(was)
         return said
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Predictions:
-        "What the translators make of it (SB + LF)."
-        return self.labels(self.synthetic(images))
+        "What the translators make of it (SB + LF); heads that none of them asks stay silent."
+        c = self.labels.settings
+        return self.labels(self.synthetic(images, {*c.tasks, *(["depth"] if c.with_depth else [])}))
 
 # %% ../../nbs/synthforge/12_model.ipynb #plain
 def plain_config(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_JUDGED', 'READINGS', 'CODE_STAGE1', 'PAPER_STAGE1', 'CODE_STAGE2', 'MINI_WEIGHTS', 'Annotations',
-           'relative_depth', 'depth_loss', 'seg_loss', 'kps_loss', 'turn_and_shift', 'draw_moves', 'equivariance_loss',
-           'TaskWeights', 'task_losses', 'weighted_loss']
+           'relative_depth', 'depth_loss', 'seg_loss', 'kps_loss', 'heat_loss', 'turn_and_shift', 'draw_moves',
+           'equivariance_loss', 'TaskWeights', 'task_losses', 'weighted_loss']
 
 # %% ../../nbs/synthforge/20_objective.ipynb #imports
 from collections.abc import Callable
@@ -57,6 +57,7 @@ def depth_loss(
 def seg_loss(
     scores: Float[Tensor, "b k h w"],  # before the softmax
     labels: Int[Tensor, "b h w"],  # classes; 255 is not judged
+    balance: float = 0.0,  # how much rare classes are lifted: their pixels weigh as their share to the power -balance  # ours; 0 as in the paper and the code
 ) -> Float[Tensor, "b"]:  # 0 for a picture without a judged pixel
     "Mean cross entropy over the judged pixels (L_seg). Raises `ShapeError` for a label that is no class."
     judged = labels != NOT_JUDGED
@@ -64,7 +65,11 @@ def seg_loss(
         wrong = labels[judged & ((labels < 0) | (labels >= scores.shape[1]))]
         raise ShapeError("labels", f"class {int(wrong[0])}", f"0..{scores.shape[1] - 1}, or {NOT_JUDGED} for pixels that are not judged", "Is this the label map of another scheme?")
     each = F.cross_entropy(scores, labels.long(), ignore_index=NOT_JUDGED, reduction="none")
-    return each.sum((1, 2)) / judged.sum((1, 2)).clamp(min=1)
+    if not balance:
+        return each.sum((1, 2)) / judged.sum((1, 2)).clamp(min=1)
+    count = torch.bincount(labels[judged].long(), minlength=256).float()
+    weigh = (count.sum() / count.clamp(min=1)).pow(balance)[labels.long()] * judged
+    return (each * weigh).sum((1, 2)) / weigh.sum((1, 2)).clamp(min=1e-6)
 
 # %% ../../nbs/synthforge/20_objective.ipynb #kps-loss
 def kps_loss(
@@ -73,6 +78,23 @@ def kps_loss(
 ) -> Float[Tensor, "b"]:
     "Sum over the points of the distance (L_kp)."
     return (found - true).norm(dim=-1).sum(1)
+
+# %% ../../nbs/synthforge/20_objective.ipynb #heat-loss
+def heat_loss(
+    heat: Float[Tensor, "b 68 m n"],  # 0 or more
+    true: Float[Tensor, "b 68 2"],  # x, y in [-1, 1]
+    sigma: float = 0.8,  # of the bell, cells
+    grid: str = "centres",  # of the hourglass
+) -> Float[Tensor, "b"]:
+    "Cross entropy of each heat map against a bell at the true place, mean over the points (ours; ADNet and STAR too teach their maps, SynthForge only where their mean is)."
+    spread = []
+    for axis, n in ((1, heat.shape[2]), (0, heat.shape[3])):
+        at = torch.linspace(-1, 1, n, device=heat.device) * ((n - 1) / n if grid == "centres" else 1.0)
+        spread.append((-0.5 * ((at - true[..., axis, None]) * n / (2 * sigma)).square()).exp())
+    bell = spread[0][..., :, None] * spread[1][..., None, :]
+    bell = bell / bell.sum((2, 3), keepdim=True).clamp(min=1e-6)
+    share = heat / heat.sum((2, 3), keepdim=True).clamp(min=1e-6)
+    return -(bell * (share + 1e-5).log()).sum((2, 3)).mean(1)
 
 # %% ../../nbs/synthforge/20_objective.ipynb #affine
 def turn_and_shift(
@@ -129,26 +151,31 @@ class TaskWeights:
     kps: float = 1.0  # authors' code
     ssl: float = 1.0  # authors' code
     reading: str = "l1"  # of Eq. 2  # authors' code
+    heat: float = 0.0  # of `heat_loss`  # ours; 0 as in the paper and the code
+    ssl_part: float = 1.0  # of a batch that Eq. 2 is asked of  # ours; all as in the paper and the code
+    balance: float = 0.0  # of `seg_loss`  # ours; 0 as in the paper and the code
 
     def __post_init__(self):
-        if min(self.seg, self.depth, self.kps, self.ssl) < 0 or self.reading not in READINGS:
-            raise InputError("TaskWeights", f"weights {self.seg}, {self.depth}, {self.kps}, {self.ssl}, reading {self.reading!r}", f"0 or more; one of {', '.join(READINGS)}", "0 switches a term off.")
+        if min(self.seg, self.depth, self.kps, self.ssl, self.heat, self.balance) < 0 or self.reading not in READINGS or not 0 < self.ssl_part <= 1:
+            came = f"weights {self.seg}, {self.depth}, {self.kps}, {self.ssl}, {self.heat}, reading {self.reading!r} of a part of {self.ssl_part}"
+            raise InputError("TaskWeights", came, f"0 or more; one of {', '.join(READINGS)}; a part above 0, up to 1", "0 switches a term off.")
 
 
 CODE_STAGE1 = TaskWeights()
 PAPER_STAGE1 = TaskWeights(reading="norm")  # paper Eq. 2; its weights are not given
 CODE_STAGE2 = TaskWeights(1.0, 0.5, 0.2, 0.0)  # authors' code
-MINI_WEIGHTS = TaskWeights(1.0, 1.0, 0.2, 0.1, "mse")  # ours
+MINI_WEIGHTS = TaskWeights(1.0, 1.0, 1.0, 0.1, "mse", 2.0, 0.25, 0.5)  # ours
 
 # %% ../../nbs/synthforge/20_objective.ipynb #task-losses
 def task_losses(
     found: Predictions,
     true: Annotations,
+    balance: float = 0.0,  # of `seg_loss`
 ) -> dict[str, Float[Tensor, "b"]]:  # seg, depth, kps: those that are both said and known
     "The terms of Eq. 1, of each picture."
     terms = {}
     if found.seg is not None and true.labels is not None:
-        terms["seg"] = seg_loss(found.seg, true.labels)
+        terms["seg"] = seg_loss(found.seg, true.labels, balance)
     if found.depth is not None and true.depth is not None:
         solid = torch.ones_like(true.depth, dtype=torch.bool) if true.solid is None else true.solid
         terms["depth"] = depth_loss(found.depth, true.depth, solid)
@@ -166,7 +193,9 @@ def weighted_loss(
     ssl: Float[Tensor, "b"] | None = None,  # of `equivariance_loss`, in the reading of the weights
 ) -> dict[str, Float[Tensor, ""]]:  # loss, and its terms before weighting
     "Eq. 1, and Eq. 2 where it is given: means over the batch (the l1 reading of Eq. 2: the sum)."
-    terms = {name: value.mean() for name, value in task_losses(found, true).items()}
+    terms = {name: value.mean() for name, value in task_losses(found, true, weights.balance).items()}
+    if weights.heat and found.heat is not None and true.coords is not None:
+        terms["heat"] = heat_loss(found.heat, true.coords).mean()
     if ssl is not None:
         terms["ssl"] = ssl.sum() if weights.reading == "l1" else ssl.mean()
     return {"loss": sum(getattr(weights, name) * value for name, value in terms.items()), **terms}

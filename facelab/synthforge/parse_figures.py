@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..data.label_sets import LabelSet, colour_labels, label_set
 from ..face.morphable import face_model
 from ..lab.errors import Skipped
-from .annotated import AnnotatedFace
+from .annotated import SYNTH20, AnnotatedFace
 from .model import FineTuned, SyntheticBackbone
 from .objective import NOT_JUDGED
 from .predictor import NetPredictor
@@ -122,6 +122,6 @@ def _answers(face: AnnotatedFace, nets, schemes, points, scheme) -> tuple[list, 
     pictures.append(labelled_picture(face.labels, scheme))
     for name in nets:
         pictures.append(labelled_picture(said[name].seg.argmax(1)[0].numpy().astype(np.uint8), schemes[name]))
-    depth = said["SB"].depth[0, 0].clamp(0, 1)
-    pictures.append(1 - depth.numpy())
+    depth, bare = said["SB"].depth[0, 0].clamp(0, 1), said["SB"].seg.argmax(1)[0] == SYNTH20.index("background")
+    pictures.append(torch.where(bare, 0.0, 1 - depth).numpy())  # the training says nothing of depth outside the head
     return pictures, [*marks, *[None] * (len(pictures) - len(marks))]

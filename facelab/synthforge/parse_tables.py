@@ -54,7 +54,7 @@ def open_methods(
 ) -> list[ParseMethod]:
     "The networks that are there for a set: SB, SB + LF, SB + LF w/ f_s, and those of the parts. Raises `InputError` where there is none."
     home, found = input_path(folder), []
-    for name, short in [("SB", "sb"), *((f"RS {100 * part:g} %", backbone_name(part)) for part in parts)]:
+    for name, short in [("SB", "sb"), *(("RS" if len(parts) == 1 else f"RS {100 * part:g} %", backbone_name(part)) for part in parts)]:
         for title, stem in ((name, short), (f"{name} + LF", f"{short}-{one.kind}"), (f"{name} + LF w/ f_s", f"{short}-{one.kind}-f")):
             path = home / f"{stem}.safetensors"
             if path.is_file():

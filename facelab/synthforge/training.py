@@ -26,7 +26,7 @@ from .objective import CODE_STAGE1, CODE_STAGE2, MINI_WEIGHTS, NOT_JUDGED, PAPER
 from .rates import CODE_RATES1, CODE_RATES2, MINI_RATES, PAPER_RATES, EpochCosine, Rates, grouped, make_adam
 
 # %% ../../nbs/synthforge/45_training.ipynb #config
-MINI_CROPS = replace(CODE_TRAIN, size=64, unit="landmarks", side=(1.65, 0.15, 1.35, 2.1), turn=12.0, zoom=0.05, cover=0.2)  # ours
+MINI_CROPS = replace(CODE_TRAIN, size=64, unit="landmarks", side=(1.68, 0.12, 1.5, 2.0), turn=8.0, shift=0.04, zoom=0.05, cover=0.1, blur=0.1, noise=0.1, grey=0.1)  # ours
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ def backbone_loss(
     net, ssl = models["net"], None
     features = net.features(images)
     if weights.ssl:
-        numbers = torch.rand(len(images), 3, generator=torch.Generator().manual_seed(step.seed_from(7, step.share.rank)))
-        ssl = equivariance_loss(net.encoder, images, features, draw_moves(numbers.to(images.device), images.shape[-1]), weights.reading)
+        few = max(1, round(weights.ssl_part * len(images)))
+        numbers = torch.rand(few, 3, generator=torch.Generator().manual_seed(step.seed_from(7, step.share.rank)))
+        ssl = equivariance_loss(net.encoder, images[:few], features[:few], draw_moves(numbers.to(images.device), images.shape[-1]), weights.reading)
     return weighted_loss(net.heads(features), Annotations(*true), weights, ssl)
 
 # %% ../../nbs/synthforge/45_training.ipynb #run-stage
