@@ -13,6 +13,7 @@ from facelab.data.raf_db import write_raf_db
 from facelab.data.reading import subset_rows
 from facelab.data.world import generate
 from facelab.gptface.few_shot import HeadTraining, answers_of, celeba_faces, head_scores, raf_faces, train_head
+from facelab.gptface.objective import MilmItm
 from facelab.gptface.pairs import keywords, read_pairs, write_pairs
 from facelab.gptface.rivals import RIVALS, RivalConfig, RivalData, load_rival, save_rival, train_rival
 from facelab.gptface.tagging import GRADED, UNRELATED, average_precision, ndcg, read_ratings
@@ -147,7 +148,8 @@ def test_profiles_train_all_methods_alike():
         values = profile_values("gptface-train", name)
         assert set(values["methods"].replace(" ", "").split(",")) == {"gptface", *RIVALS}
     paper = profile_values("gptface-train", "paper")
-    assert (paper["steps"], paper["batch"], paper["layers"], paper["width"], paper["size"], paper["itm"]) == (1_000_000, 192, 12, 768, 336, 1.0)
+    assert (paper["steps"], paper["batch"], paper["layers"], paper["width"], paper["size"], paper["recipe"]) == (1_000_000, 192, 12, 768, 336, "paper")
+    assert MilmItm().itm == 1.0
 
 
 def test_claims_ask_for_rows_that_stages_write():

@@ -9,7 +9,8 @@ import torch
 from facelab.data.face_crop import FaceBox
 from facelab.gptface.damage import add_scratches, find_damage
 from facelab.gptface.decode import Decoding
-from facelab.gptface.edit import FaceEditor, MeanPoints
+from facelab.gptface.edit import FaceEditor
+from facelab.gptface.edit_task import MeanPoints
 from facelab.gptface.guidance import Guidance
 from facelab.gptface.model import GPTFaceConfig, build_gptface, save_gptface
 from facelab.gptface.paste import blend_of, cells_of, face_frame, level, mask_to_frame, mask_to_photo, paste, whole_frame

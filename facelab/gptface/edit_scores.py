@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from ..data.attributes import ATTRIBUTES
 from ..data.paint_frame import LABELS19
 from .decode import Decoding
-from .edit import Edited, FaceEditor
+from .edit import FaceEditor
+from .edit_task import Edited
+from .few_shot import difference_row
 from .guidance import Guidance
 from .pretrain import Rise
 from ..lab.errors import InputError, ShapeError
@@ -158,7 +160,7 @@ def edit_rows(
     data: str = "",
 ) -> tuple[list[Row], dict[str, list[Edited]]]:  # rows; the edits of each method
     "Make all edits with each method, and judge them."
-    n, made, rows = np.arange(len(edits.images)), {}, []
+    n, made, rows, hits = np.arange(len(edits.images)), {}, [], {}
     already = answers(net, edits.images)[n, edits.attribute] == edits.wanted
     rows.append(measured("not edited", "target hit", 100.0 * already, unit="%", better="higher", data=data))
     faces = lambda images: embed_faces(embedder, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(edits.landmarks))
@@ -175,6 +177,9 @@ def edit_rows(
         if name != "no words":
             found["p(q=1)"] = (np.array([i.p for i in batch.items]), "", "higher")
         rows += [measured(name, metric, values, unit=unit, better=better, data=data) for metric, (values, unit, better) in found.items()]
+        hits[name] = found["target hit"][0] / 100
+    plain = "words, no guidance"
+    rows += [difference_row(name, plain, "target hit", hits[name], hits[plain], n) for name in hits if plain in hits and name.startswith(("guided", "literal", "classifier"))]
     return rows, made
 
 

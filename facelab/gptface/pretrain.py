@@ -216,13 +216,14 @@ def pretrain(
     label: str = "gptface",  # of the progress line
     progress: bool = True,
     callbacks: Sequence[Callable] = (),
+    loss_fn: Callable | None = None,  # (models, batch, step) -> losses, in the place of `pretrain_loss`
 ) -> TrainResult:  # the model is left in eval mode, with the averaged weights where there are any
     "Pre-train (3.2, 4.1). Columns of the curve: gptface/milm, itm, itm_accuracy, image_accuracy, text_accuracy; val/..."
     memory = data if isinstance(data, TokenSet) else None
     if memory is None and encode is None:
         raise InputError("pretrain", "a stream of images without encode", "a function from images (0..1) to codes", "Pass the VQGAN's, or tokens in memory.")
     source = data if memory is None else Items(len(memory.codes), lambda index, rng: index, collate=torch.tensor)
-    player = Player("gptface", pretrain_loss(config, memory, encode, starts), lambda models: weight_groups(models["gptface"], config.decay),
+    player = Player("gptface", loss_fn or pretrain_loss(config, memory, encode, starts), lambda models: weight_groups(models["gptface"], config.decay),
                     lambda groups: torch.optim.AdamW(groups, config.rate, config.betas), Rise(config.steps, min(config.warmup, config.steps), config.start, config.floor))
 
     def look(run: Training) -> dict[str, float]:
