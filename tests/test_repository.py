@@ -203,6 +203,7 @@ def test_numbers_in_the_readme_are_those_of_the_records():
         "facegpt-text": ([("expression L2", "sd"), ("shape L2", "sd"), ("keypoint error", "px at 224"), ("cycle agreement", "%")], ["mean face", "LLaVA-Key", "FaceGPT"]),
         "facegpt-chat": ([("Conv (schema)", "% F1"), ("Detail (schema)", "% F1"), ("Complex (schema)", "% F1"), ("fact F1", "")], ["LLaVA (the base)", "FaceGPT", "FaceGPT without face conversations"]),
         "my3dgen-reconstruct": ([("PSNR", "dB", "0 degrees"), ("PSNR", "dB", "30 degrees"), ("identity cosine", "", "30 degrees")], ["pretrained", "pretrained + PTI", "full fine-tuning", "My3DGen"]),
+        "gptface-tables": ([("CelebA 1%", "%"), ("CelebA 10%", "%"), ("CelebA 100%", "%"), ("RAF-DB 100%", "%")], ["majority answer", "GPTFace, not pre-trained", "ViT", "MAE", "CLIP", "BEiT", "FaRL", "GPTFace"]),
         "synthforge-eval": ([("NME full", "%", "300-W, crop from true landmarks x1.6"), ("F1 mean", "%", "LaPa, crop from true labels x1.248"), ("F1 hair", "%", "LaPa, crop from true labels x1.248"), ("F1 mean", "%", "CelebAMask-HQ, merged as farl, crop from true labels x1.248")], ["SB", "SB + LF", "SB + LF w/ f_s"]),
         "together-animate": ([("PSNR", "dB", "0 degrees"), ("PSNR", "dB", "30 degrees"), ("identity cosine", "", "30 degrees")], ["base", "personal"]),
     }
