@@ -12,6 +12,7 @@ from facelab.my3dgen.eg3d_base import open_eg3d
 from facelab.my3dgen.head_mesh import orbit_labels, save_head, turntable
 from facelab.my3dgen.own_photos import check_label, fit_pose, own_photo
 from facelab.data.views import PIVOT, Actor, label_of, orbit_view, shoot
+from facelab.nets.view_losses import picture_psnr
 from facelab.nets.volume import camera_rays
 
 
