@@ -12,9 +12,11 @@ from facelab.data.celeba import write_celeba
 from facelab.data.raf_db import write_raf_db
 from facelab.data.reading import subset_rows
 from facelab.data.world import generate
-from facelab.gptface.few_shot import HeadTraining, answers_of, celeba_faces, head_scores, raf_faces, train_head
+from facelab.gptface.few_shot import HeadTraining, answers_of, celeba_faces, head_scores, raf_faces, train_head, train_heads
 from facelab.gptface.objective import MilmItm
 from facelab.gptface.pairs import keywords, read_pairs, write_pairs
+from facelab.gptface.pretrain import far_texts
+from facelab.gptface.pretraining_stages import rate_of
 from facelab.gptface.rivals import RIVALS, RivalConfig, RivalData, load_rival, save_rival, train_rival
 from facelab.gptface.tagging import GRADED, UNRELATED, average_precision, ndcg, read_ratings
 from facelab.lab.errors import InputError, Skipped
@@ -134,6 +136,32 @@ def test_head_is_logistic_regression():
     assert torch.cosine_similarity(weights, torch.tensor([1.0, -2.0, 0.5, 0.0]), dim=0) > 0.98
     classes = labels[:, 0].long() * 3
     assert head_scores(answers_of(train_head(features, classes, 7, HeadTraining(300, 200, 5e-2)), features, False), classes).balanced > 0.95
+
+
+def test_heads_side_by_side_are_those_trained_alone():
+    rng = torch.Generator().manual_seed(1)
+    one, two, labels = torch.randn(50, 6, generator=rng), torch.randn(50, 3, generator=rng), torch.randint(7, (50,), generator=rng)
+    both = train_heads({"one": one, "two": two}, labels, 7, HeadTraining(20, 16, 1e-2))
+    assert all(torch.equal(both[name].weight, train_head(own, labels, 7, HeadTraining(20, 16, 1e-2)).weight) for name, own in (("one", one), ("two", two)))
+
+
+@pytest.mark.parametrize("photos", [1, 4])
+def test_mismatched_texts_are_of_another_person(photos):
+    person = torch.arange(10).repeat_interleave(photos)
+    text = torch.stack([person + 5, torch.arange(10 * photos) % 3], 1)  # photos of a person may differ in what is said
+    found = far_texts(text)
+    assert (person[found] != person).all() and torch.equal(found, far_texts(text))
+    text[:, 0] = 5  # now many texts are equal: still another one
+    assert (text[far_texts(text)] != text).any(1).all()
+
+
+def test_rates_of_rivals():
+    assert rate_of(0.002, "vit") == 0.002 and rate_of("vit 0.001, mae 2e-3", "mae") == 0.002
+    for wrong in ("vit 0.001", "mae", "mae fast"):
+        with pytest.raises(InputError, match="rival_rate"):
+            rate_of(wrong, "mae")
+    said = profile_values("gptface-train", "mini")["rival_rate"]
+    assert all(rate_of(said, name) > 0 for name in RIVALS)
 
 
 @pytest.mark.parametrize("sheet", ["rater,image,1,2\nann,a,0\n", "image,1\na,0\n", "rater,image,rank,mark\nann,a,1,0\nann,a,1,2\n", "rater,image,rank,mark\nann,a,2,1\n", ""])

@@ -142,7 +142,8 @@ def test_later_groups(toy, album):
 def test_whole_and_pivotal(toy, album, prior):
     before = base_hash(toy)
     whole, _ = tune_whole(toy, album.images, album.cams, prior.anchors, QUICK.tuning)
-    moved = {name for name, weight in whole.named_parameters() if not weight.equal(dict(toy.named_parameters())[name])}
+    own = dict(toy.named_parameters())
+    moved = {name for name, weight in whole.named_parameters() if not weight.equal(own[name])}
     assert base_hash(toy) == before and moved and moved <= set(full_weights(toy)) and not any("mapping" in name or "noise_const" in name for name in moved)
     alone = pivotal(toy, album.images[:1], album.cams[:1], prior.anchors[:1], replace(QUICK.tuning, steps=12))
     off = lambda net: (render_views(net, prior.anchors[:1], album.cams[:1]).image - album.images[:1]).abs().mean()

@@ -36,6 +36,7 @@ from ..lab.arrays import read_npz, require
 from ..lab.errors import InputError
 from ..lab.files import atomic_write
 from ..lab.progress import Progress, cpu_count
+from ..nets.view_losses import SeenViews
 from .semantic import Z_NAMES, on_sphere, scene_of
 
 # %% ../../nbs/data/95_views.ipynb #views
@@ -146,6 +147,14 @@ class Shots:
     def each(self) -> int:
         "Views of a head."
         return len(self.images) // len(self.z)
+
+    def seen(
+        self,
+        at: Sequence[int] | np.ndarray | slice = slice(None),  # numbers of views
+        emphasis: float = 0.0,  # see `pixel_weight`
+    ) -> SeenViews:
+        "Some views as a training takes them."
+        return SeenViews.of_arrays(self.images[at], pixel_weight(self.labels19[at], emphasis), self.alpha[at], self.depth[at], self.cams[at])
 
 
 def ray_depth(

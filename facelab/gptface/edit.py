@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from ..data.face_crop import FaceBox, as_photo, move_points
+from ..data.face_crop import FaceBox, FaceCrop, as_photo, move_points
 from .damage import find_damage
 from .decode import Decoding, fill_region, fill_tags, match_probability
 from .edit_task import Edited, EditedBatch, EditTask, as_batch, find_one, landmarks_or_mean
 from .guidance import Guidance
 from .model import GPTFace, load_gptface, save_gptface
-from .paste import Frame, cells_of, check_mask, face_frame, level, mask_to_frame, mask_to_photo, paste, whole_frame
+from .paste import cells_of, check_mask, face_frame, level, mask_to_frame, mask_to_photo, paste, whole_frame
 from .regions import occlusion_of, region_of
 from .tokens import Vocabulary, join, text_ids
 from .vqgan_base import open_vqgan
@@ -112,7 +112,7 @@ def place(
     return where
 
 
-def frame_of(photo: UInt8[np.ndarray, "h w 3"], where: FaceBox | np.ndarray | None, size: int, room: float, lift: float) -> Frame:
+def frame_of(photo: UInt8[np.ndarray, "h w 3"], where: FaceBox | np.ndarray | None, size: int, room: float, lift: float) -> FaceCrop:
     "The square around a face, or the whole picture."
     return whole_frame(photo, size) if where is None else face_frame(photo, where, size, room, lift)
 

@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from ..data.face_crop import FaceBox
+from ..data.face_crop import FaceBox, FaceCrop
 from ..data.find_faces import cascade_faces, faces_of, shipped_detector
 from ..face.morphable import MorphableModel
-from .paste import Frame
 from ..lab.errors import InputError, Skipped
 from ..nets.landmarks import LandmarkDetector
 
@@ -30,7 +29,7 @@ class Edited:
 
     image: UInt8[np.ndarray, "h w 3"]  # equal to the photo outside `mask`
     mask: Bool[np.ndarray, "h w"]  # what could change
-    frame: Frame  # what the network saw
+    frame: FaceCrop  # what the network saw
     made: Float[np.ndarray, "s s 3"]  # the frame after it, 0..1
     hidden: Bool[np.ndarray, "rows cols"]  # tokens that were filled in
     codes: Int[Tensor, "rows cols"]  # all tokens after it
@@ -56,7 +55,7 @@ class EditTask:
 
     photo: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"]
-    frame: Frame
+    frame: FaceCrop
     hidden: Bool[np.ndarray, "rows cols"]
     text: str | None = None
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Encode', 'Rise', 'TokenSet', 'token_set', 'picture', 'collate_pairs', 'pair_stream', 'Pretraining', 'weight_groups',
-           'held_out', 'pretrain_loss', 'pretrain']
+           'MatchingAnswers', 'far_texts', 'matching_answers', 'held_out', 'pretrain_loss', 'pretrain']
 
 # %% ../../nbs/gptface/40_pretrain.ipynb #imports
 import math
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from .masking import Masking, draw_hidden, hide
 from .model import GPTFace
-from .objective import MilmItm, milm, other_texts, pretrain_losses
+from .objective import MilmItm, milm, pretrain_losses
 from .tokens import TokenLayout, Vocabulary, join, text_ids
 from ..lab.errors import InputError, ShapeError
 from ..lab.schedule import check_steps
@@ -149,6 +149,44 @@ def weight_groups(
     plain = [w for w in model.parameters() if w.requires_grad and (w.ndim < 2 or id(w) in embeddings)]
     return [{"params": [w for w in model.parameters() if w.requires_grad and w.ndim >= 2 and id(w) not in embeddings], "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
 
+# %% ../../nbs/gptface/40_pretrain.ipynb #matching-answers
+class MatchingAnswers(NamedTuple):
+    "p(q=1) of each picture."
+
+    matched: Float[np.ndarray, "n"]  # beside its own text
+    mismatched: Float[np.ndarray, "n"]  # beside another one; NaN where all texts are equal
+
+
+def far_texts(
+    text: Int[Tensor, "n m"],  # ids, padded
+) -> Int[Tensor, "n"]:  # for each row, the row of another text; its own where all are equal
+    "A text that differs, half the set away."
+    n = len(text)
+    _, kind = text.unique(dim=0, return_inverse=True)
+    found, open_ = torch.arange(n), torch.ones(n, dtype=torch.bool)
+    for step in range(n):
+        at = (torch.arange(n) + n // 2 + step) % n
+        now = open_ & kind[at].ne(kind).cpu()
+        found[now], open_ = at[now], open_ & ~now
+        if not open_.any():
+            break
+    return found.to(text.device)
+
+
+@torch.no_grad()
+def matching_answers(
+    model: GPTFace,
+    pairs: TokenSet,  # not trained on
+    batch: int = 64,
+) -> MatchingAnswers:
+    "What the matching head says of whole pictures."
+    layout, device, other = model.config.layout, next(model.parameters()).device, far_texts(pairs.text)
+    ask = lambda codes, text: model(*(seq := join(layout, codes.to(device), text.to(device), trim=True)), at=seq.ids.new_zeros(len(seq.ids), 0)).match.float().softmax(1)[:, 1].cpu()
+    parts = torch.arange(len(other)).split(batch)
+    matched, mismatched = (torch.cat([ask(pairs.codes[part], text[part]) for part in parts]).double() for text in (pairs.text, pairs.text[other]))
+    same = pairs.text.eq(pairs.text[other]).all(1).cpu()
+    return MatchingAnswers(matched.numpy(), mismatched.masked_fill(same, torch.nan).numpy())
+
 # %% ../../nbs/gptface/40_pretrain.ipynb #held-out
 @torch.no_grad()
 def held_out(
@@ -162,22 +200,17 @@ def held_out(
     "MILM loss and accuracies, ITM accuracy and mean p(q=1) of matched and mismatched pairs."
     layout, rng, masking = model.config.layout, np.random.default_rng(seed), masking or Masking()
     device, sums, counts = next(model.parameters()).device, np.zeros(3), np.zeros(3)  # all hidden places, of the image, of the text
-    found = {True: [], False: []}
     for part in torch.arange(len(pairs.codes)).split(batch):
-        codes, text = pairs.codes[part].to(device), pairs.text[part].to(device)
-        own, other = join(layout, codes, text), text[other_texts(text, rng)]
+        own = join(layout, pairs.codes[part].to(device), pairs.text[part].to(device), trim=True)
         hidden = draw_hidden(layout, own, masking, step, rng)
         terms, image = milm(model, hide(layout, own, hidden), own.ids), int(hidden[:, layout.image].sum())
         here = np.array([terms.count, image, terms.count - image])
         sums, counts = sums + here * np.array([float(value) for value in terms[:3]]), counts + here
-        differs = other.ne(text).any(1)
-        for kind, beside, rows in ((True, text, slice(None)), (False, other, differs)):
-            pair = join(layout, codes, beside).rows(rows)
-            if len(pair.ids):
-                found[kind] += model(*pair, at=pair.ids.new_zeros(len(pair.ids), 0)).match.softmax(1)[:, 1].tolist()
-    right = [p > 0.5 for p in found[True]], [p <= 0.5 for p in found[False]]
     scores = dict(zip(("milm", "image_accuracy", "text_accuracy"), (sums / counts.clip(min=1)).tolist()))
-    means = {"itm_accuracy": [np.mean(part) for part in right if part], "p_matched": found[True], "p_mismatched": found[False] or [0.0]}
+    asked = matching_answers(model, pairs, batch)
+    differs = ~np.isnan(asked.mismatched)
+    right = [asked.matched > 0.5, asked.mismatched[differs] <= 0.5]
+    means = {"itm_accuracy": [part.mean() for part in right if len(part)], "p_matched": asked.matched, "p_mismatched": asked.mismatched[differs] if differs.any() else 0.0}
     return scores | {name: float(np.mean(values)) for name, values in means.items()}
 
 # %% ../../nbs/gptface/40_pretrain.ipynb #pretrain-loss

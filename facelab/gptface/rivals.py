@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RIVALS', 'RivalConfig', 'PatchEncoder', 'Rival', 'mae_loss', 'codes_loss', 'contrast_loss', 'RivalData', 'rival_loss',
-           'train_rival', 'save_rival', 'load_rival']
+           'train_rival', 'rate_search', 'save_rival', 'load_rival']
 
 # %% ../../nbs/gptface/62_rivals.ipynb #imports
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .model import GluBlock, rows_of
 from .pretrain import Rise
 from ..lab.arrays import read_safetensors, safetensors_metadata, write_safetensors
 from ..lab.errors import InputError, ShapeError
+from ..lab.batches import Share
 from ..lab.train import Items, Player, Step, TrainConfig, train
 
 # %% ../../nbs/gptface/62_rivals.ipynb #config
@@ -236,6 +237,30 @@ def train_rival(
     facts = {"config": asdict(config), "rate": rate, "data": [int(data.images.long().sum()), int(data.text.sum()), int(data.codes.sum())]}
     done = train(how, {"rival": net}, [player], source, scratch, (), facts, RIVALS[config.method], progress)
     return net.cpu().eval(), done.curve
+
+# %% ../../nbs/gptface/62_rivals.ipynb #rates
+def rate_search(
+    config: RivalConfig,
+    data: RivalData,
+    rates: Sequence[float],
+    steps: int,
+    batch: int = 32,
+    warmup: int = 50,  # steps
+    seed: int = 0,
+    threads: int | None = None,
+) -> pd.DataFrame:  # rate, loss on texts kept aside
+    "A short training for each rate, judged on the last tenth of the pictures (for vit: on each tenth one)."
+    count, rows = len(data.images), []
+    aside = torch.arange(count) % 10 == 9 if config.method == "vit" else torch.arange(count) >= count * 9 // 10
+    parts = [replace(data, picture=data.picture[kept], text=data.text[kept]) for kept in (~aside[data.picture], aside[data.picture])]
+    for rate in rates:
+        net, _ = train_rival(config, parts[0], steps, batch, rate, warmup, seed, threads, device="cpu", progress=False)
+        ask, losses = rival_loss(parts[1], config.method), []
+        with torch.no_grad():
+            for k, some in enumerate(torch.randperm(len(parts[1].picture), generator=torch.Generator().manual_seed(seed)).split(batch)[:20]):
+                losses.append(float(ask({"rival": net}, some, Step(k, 20, "rival", 0, Share(batch, seed), torch.device("cpu"), (seed, k)))["loss"]))
+        rows.append({"rate": rate, "loss": float(np.mean(losses))})
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/gptface/62_rivals.ipynb #files
 def save_rival(

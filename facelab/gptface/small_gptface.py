@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['LESSONS', 'start_from_codebook', 'start_from_grid', 'new_gptface', 'telling_pieces', 'word_lists', 'words_loss',
-           'match_words', 'lesson', 'lesson_loss', 'pretrain_small', 'PretrainedFace', 'open_gptface']
+           'SharedHiding', 'hidden_in_some', 'match_and_fill', 'lesson', 'lesson_loss', 'pretrain_small',
+           'PretrainedFace', 'open_gptface']
 
 # %% ../../nbs/gptface/68_small_gptface.ipynb #imports
 import re
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +19,13 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from .masking import ImageBudget, Masking
+from .masking import ImageBudget, Masking, draw_hidden
 from .model import GPTFace, GPTFaceConfig, build_gptface, load_gptface
-from .objective import MilmItm, itm_loss, other_texts
+from .objective import itm_loss, other_texts
 from .pairs import STOP
-from .pretrain import Pretraining, TokenSet, pretrain, pretrain_loss
+from .pretrain import Pretraining, TokenSet, pretrain
 from .tokens import Sequences, TokenLayout, Vocabulary, join, tag_template
 from .vqgan_base import open_vqgan
 from ..lab.errors import InputError
@@ -39,7 +42,7 @@ def start_from_codebook(
 ):
     "Image codes that look alike start alike (ours)."
     book = vqgan.quantize.embedding.weight.detach().float()
-    book = torch.nn.functional.normalize(book, dim=1) if vqgan.config.l2_norm else book
+    book = F.normalize(book, dim=1) if vqgan.config.l2_norm else book
     book = book - book.mean(0)
     turned = book @ torch.randn(book.shape[1], model.config.width, generator=torch.Generator().manual_seed(seed))
     rows = model.tokens.weight[model.config.layout.words :]
@@ -96,7 +99,7 @@ def word_lists(
     "Random words of each caption in the places of a template."
     places = template.eq(layout.mask).nonzero()[:, 0]
     draw = torch.from_numpy(rng.random(text.shape)).to(text.device).float() * telling.to(text.device)[text]
-    draw, at = torch.nn.functional.pad(draw, (0, len(places))).topk(len(places), 1)
+    draw, at = F.pad(draw, (0, len(places))).topk(len(places), 1)
     words = text.gather(1, at.clamp(max=text.shape[1] - 1))
     shown = (draw > 0) & (torch.from_numpy(rng.random(draw.shape)).to(text.device) >= masked)
     made = template.to(text).repeat(len(text), 1)
@@ -128,25 +131,65 @@ def words_loss(
     said = model.logits(model.norm(model.blocks[blocks - 1](x, see, at)), "words").log_softmax(-1)
     return -(said.mean(1) * wanted).sum(1).div(wanted.sum(1).clamp(min=1)).mean()
 
-# %% ../../nbs/gptface/68_small_gptface.ipynb #match-words
-def match_words(
+# %% ../../nbs/gptface/68_small_gptface.ipynb #together
+@dataclass(frozen=True)
+class SharedHiding:
+    "What is hidden where matching and filling in share a pass; all ours."
+
+    pictures: float = 0.5  # share of the pairs with hidden codes
+    texts: float = 0.2  # share with hidden pieces; the rest is whole
+    pieces: float = 0.5  # share of the pieces that is hidden there
+
+
+def hidden_in_some(
+    layout: TokenLayout,
+    seq: Sequences,
+    how: SharedHiding,
+    masking: Masking,
+    step: int,
+    rng: np.random.Generator,
+    starts: Bool[Tensor, "k"] | None = None,  # Vocabulary.starts_word
+) -> Bool[Tensor, "b n"]:
+    "Masks of codes in some pairs, of pieces in others, none in the rest."
+    draw = torch.from_numpy(rng.random(len(seq.ids))).to(seq.ids.device)
+    pictures, texts = draw < how.pictures, (draw >= how.pictures) & (draw < how.pictures + how.texts)
+    hidden, some = torch.zeros_like(seq.attend), (pictures | texts).nonzero()[:, 0]
+    if len(some):
+        hidden[some] = draw_hidden(layout, seq.rows(some), masking, step, rng, starts)
+    hidden[:, layout.image] &= pictures[:, None]
+    hidden[:, layout.first_text :] &= texts[:, None]
+    return hidden
+
+# %% ../../nbs/gptface/68_small_gptface.ipynb #match-and-fill
+def match_and_fill(
     model: GPTFace,
-    seq: Sequences,  # pictures beside their own or another text
+    seq: Sequences,  # pictures beside their own or another text, whole
+    matched: Bool[Tensor, "b"],
     own: Int[Tensor, "b m"],  # ids of the pictures' own captions
+    hidden: Bool[Tensor, "b n"],
     telling: Bool[Tensor, "k"],  # of each word id
-) -> tuple[Float[Tensor, "b 2"], Float[Tensor, ""]]:  # logits of the matching head at [CLS]; its loss at the words
-    "Matching of the whole, and of each word."
-    see, x = None if seq.attend.all() else seq.attend[:, None, None], model.start(model.embed(seq.ids), seq.attend)
+) -> dict[str, Float[Tensor, ""]]:  # itm, word_match, milm, and shares of right answers
+    "Matching of the whole, matching of each word, and what is hidden, in one pass."
+    layout, given = model.config.layout, seq.ids.masked_fill(hidden, model.config.layout.mask)
+    see, x = None if seq.attend.all() else seq.attend[:, None, None], model.start(model.embed(given), seq.attend)
     for block in model.blocks[:-1]:
         x = block(x, see)
-    words = seq.ids[:, model.config.layout.first_text :]
+    words = given[:, layout.first_text :]
     here, has = telling.to(words.device)[words], torch.zeros(len(own), len(telling), dtype=torch.bool, device=own.device).scatter_(1, own, True)
-    said = model.match(model.norm(x[:, model.config.layout.first_text :][here]))
-    each = itm_loss(said, has.gather(1, words)[here]) if here.any() else x.sum() * 0.0
-    return model.match(model.norm(model.blocks[-1](x, see, words.new_zeros(len(words), 1))[:, 0])), each
+    each = itm_loss(model.match(model.norm(x[:, layout.first_text :][here])), has.gather(1, words)[here]) if here.any() else x.sum() * 0.0
+    asked = hidden.clone()
+    asked[:, layout.first_text :] &= matched[:, None]  # a wrong text is not to be filled in
+    at = asked.float().sort(dim=1, descending=True, stable=True).indices[:, : int(asked.sum(1).max())]
+    states = model.norm(model.blocks[-1](x, see, torch.cat([at.new_zeros(len(at), 1), at], 1)))
+    match, which = model.match(states[:, 0]), asked.gather(1, at)
+    truth, logits = seq.ids.gather(1, at)[which], model.logits(states[:, 1:][which])
+    hits, image = logits.argmax(1).eq(truth).float(), truth >= layout.words
+    share = lambda kind: hits[kind].mean() if kind.any() else hits.new_zeros(())
+    return {"itm": itm_loss(match, matched), "word_match": each, "milm": F.cross_entropy(logits, truth) if len(truth) else states.sum() * 0.0,
+            "itm_accuracy": match.argmax(1).eq(matched.long()).float().mean(), "image_accuracy": share(image), "text_accuracy": share(~image)}
 
 # %% ../../nbs/gptface/68_small_gptface.ipynb #lessons
-LESSONS = ("words", "matching", "both")
+LESSONS = ("words", "told", "all")
 
 
 def lesson(
@@ -158,9 +201,9 @@ def lesson(
     threads: int | None,
 ) -> Pretraining:
     "One of the lessons as a configuration."
-    budget, at = ImageBudget(0.15, 0.05, max(1, steps // 14), 0.65), LESSONS.index(which)
-    losses = MilmItm(itm=1.0, clean=(0.5, 0.5), turn=(0.0, 0.0))
-    return Pretraining(steps, batch, rate / 2 if which == "both" else rate, 0.2, min(20, steps // 4), (0.15, 0.3, 0.05)[at], (0.9, 0.99), 0.05, masking=Masking(budget, text_ratio=0.5), losses=losses, seed=seed + at, threads=threads, log_every=max(1, steps // 20))
+    at = LESSONS.index(which)
+    masking = Masking(ImageBudget(0.15, 0.05, max(1, steps // 11), 0.65) if which == "told" else ImageBudget(0.5, 0, 1, 0.5), text_ratio=SharedHiding.pieces)
+    return Pretraining(steps, batch, rate / 2 if which == "all" else rate, 0.2, min(20, steps // 4), (0.15, 0.3, 0.05)[at], (0.9, 0.99), 0.05, masking=masking, seed=seed + at, threads=threads, log_every=max(1, steps // 20))
 
 
 def lesson_loss(
@@ -168,22 +211,23 @@ def lesson_loss(
     config: Pretraining,
     pairs: TokenSet,
     vocab: Vocabulary,
+    how: SharedHiding = SharedHiding(),  # noqa: B008
 ) -> Callable:  # (models, batch, step) -> losses
     "What a lesson asks for."
-    telling, usual = telling_pieces(vocab), pretrain_loss(config, pairs, None, vocab.starts_word)
+    telling, starts = telling_pieces(vocab), vocab.starts_word
 
     def loss_fn(models, batch, step: Step):
         model, rng = models["gptface"], np.random.default_rng(step.seed_from(13, step.share.rank))
         codes, text = (value[batch.to(value.device)].to(step.device) for value in pairs[:2])
-        terms = {"words": words_loss(model, codes, text, telling, vocab, rng, len(model.blocks) if which == "both" else 1)}
-        if which == "matching":
+        terms = {}
+        if which != "told":
+            terms["words"] = words_loss(model, codes, text, telling, vocab, rng, len(model.blocks) if which == "all" else 1)
+        if which != "words":
             texts = torch.cat([text, text[other_texts(text, rng)]])
             seq, matched = join(model.config.layout, codes.repeat(2, *[1] * (codes.ndim - 1)), texts, trim=True), texts.eq(text.repeat(2, 1)).all(1)
-            match, terms["word_match"] = match_words(model, seq, text.repeat(2, 1), telling)
-            terms |= {"itm": itm_loss(match, matched), "itm_accuracy": match.argmax(1).eq(matched.long()).float().mean()}
-        if which == "both":
-            terms |= usual(models, batch, step)
-        return terms | {"loss": terms["words"] + (terms["loss"] if which == "both" else terms.get("itm", 0.0) + terms.get("word_match", 0.0))}
+            hidden = hidden_in_some(model.config.layout, seq, how, config.masking, step.number, rng, starts)
+            terms |= match_and_fill(model, seq, matched, text.repeat(2, 1), hidden, telling)
+        return terms | {"loss": sum(terms[name] for name in ("words", "itm", "word_match", "milm") if name in terms)}
 
     return loss_fn
 
@@ -194,7 +238,7 @@ def pretrain_small(
     pairs: TokenSet,  # all texts
     vocab: Vocabulary,
     steps: tuple[int, int, int],  # of the lessons
-    batch: int = 32,
+    batch: int = 16,
     rate: float = 3e-3,
     seed: int = 0,
     threads: int | None = None,
@@ -204,12 +248,12 @@ def pretrain_small(
     "Pre-train a small GPTFace in three lessons."
     if len(steps) != 3 or min(steps) < 0 or not any(steps):
         raise InputError("pretrain_small", f"steps {tuple(steps)}", "three numbers of 0 or more, not all 0", "0 leaves a lesson out.")
-    curves, before = [], 0
+    curves, before, how = [], 0, SharedHiding()
     for which, count in zip(LESSONS, steps):
         if not count:
             continue
-        data, how = pairs if which == "both" else told, lesson(which, count, batch, rate, seed, threads)
-        done = pretrain(how, model, data, scratch=None if scratch is None else scratch / which, facts=[which, *steps], label=f"GPTFace, {which}", progress=progress, loss_fn=lesson_loss(which, how, data, vocab))
+        data, config = pairs if which == "all" else told, lesson(which, count, batch, rate, seed, threads)
+        done = pretrain(config, model, data, scratch=None if scratch is None else scratch / which, facts=[which, *steps, asdict(how)], label=f"GPTFace, {which}", progress=progress, loss_fn=lesson_loss(which, config, data, vocab, how))
         curves.append(done.curve.assign(step=done.curve["step"] + before, lesson=which))
         before += count
     return pd.concat(curves, ignore_index=True)

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ..data.embedded import Recipe, check_world
-from ..lab.base import Base, load_base
-from ..lab.errors import InputError, ShapeError
+from ..lab.base import Base, building, load_base
+from ..lab.errors import ShapeError
 from ..lab.inputs import input_path
 from ..lab.paths import build_dir
 from .base_quality import YAWS, frechet_rows, held_out_heads, inversion_rows, turned_views, view_rows, world_heads
@@ -55,11 +55,9 @@ def eg3d_from_base(
     name: str = "eg3d",  # for messages
 ) -> Generator:
     "The generator of a base's tensors and config, in eval mode, frozen."
-    net = Generator(EG3DConfig.from_dict(config))
-    try:
+    with building(f"base {name}"):
+        net = Generator(EG3DConfig.from_dict(config))
         net.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise InputError(f"base {name}", f"weights that do not fit ({str(error)[:160]})", "the tensors of this configuration", "Bring the base again, or train it with this version.") from error
     return net.eval().requires_grad_(False)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..face.align import arcface_matrix, five_points, warp
 from ..lab.assets import find_asset
-from ..lab.base import load_base
+from ..lab.base import building, load_base
 from ..lab.errors import InputError, ShapeError
 from ..lab.progress import Progress
 from ..lab.unpickle import load_checkpoint
@@ -130,12 +130,10 @@ class BaseEmbedder(NetworkEmbedder):
         name: str = "base",  # in tables
     ) -> "BaseEmbedder":
         "The embedder of a base's tensors and config."
-        try:
+        with building(f"base {name}"):
             net = IResNet(IResNetConfig(tuple(config["blocks"]), tuple(config["widths"]), config["size"], config["embedding"]))
             net.load_state_dict(tensors)
             return cls(net, name, config["zoom"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"base {name}", f"{type(error).__name__}: {str(error)[:160]}", "the tensors and config of an identity base", "Bring the base again, or train it with this version.") from error
 
     @classmethod
     def from_base(

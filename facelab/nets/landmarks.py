@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..face.align import FLIP68
-from ..lab.base import load_base
+from ..lab.base import building, load_base
 from ..lab.errors import AssetError, InputError, ShapeError
 
 # %% ../../nbs/nets/40_landmarks.ipynb #protocol
@@ -237,12 +237,10 @@ class BaseLandmarks(nn.Module):
         name: str = "base",  # in tables
     ) -> "BaseLandmarks":
         "The detector of a base's tensors and config."
-        try:
+        with building(f"base {name}"):
             net = LandmarkNet(LandmarkConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}))
             net.load_state_dict(tensors)
             return cls(net, name)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"base {name}", f"{type(error).__name__}: {str(error)[:160]}", "the tensors and config of a landmarks base", "Bring the base again, or train it with this version.") from error
 
     @classmethod
     def from_base(

@@ -118,15 +118,7 @@ def set_facts(
     data: ShardSet,
 ) -> list[dict[str, Any]]:  # of each face
     "What is known of the faces of a set, read without their pictures."
-    found = []
-    for at in range(len(data)):
-        shard, number = data.place(at)
-        start, size = data._places[shard][number]["json"]
-        with open(data.root / data.shards[shard]["file"], "rb") as tar:
-            tar.seek(start)
-            words = tar.read(size)
-        found.append(decode_words(words, data.name_of(at)))
-    return found
+    return [decode_words(data.files(at, ("json",)).get("json", b""), data.name_of(at)) for at in range(len(data))]
 
 
 def decode_words(

@@ -23,7 +23,7 @@ from ..face.morphable import MorphableModel
 from ..lab.errors import InputError, ShapeError
 from ..lab.record import Row, measured
 from ..nets.next3d import Next3D
-from .next3d_distillation import MeshShots, draw_heads, held_out_psnr, look_of, seen_of
+from .next3d_distillation import MeshShots, draw_heads, held_out_psnr, look_of
 from .next3d_planes import FRAMES, views_for
 
 # %% ../../nbs/synthforge/82_landmark_motion.ipynb #match
@@ -101,7 +101,7 @@ def placement(
     least: float = 0.5,  # smallest correlation of a patch that counts as found
 ) -> Placement:
     "Projected landmarks against the generator's picture."
-    seen = seen_of(data.shots, np.arange(len(data.shots.images)))
+    seen = data.shots.seen()
     drawn = draw_heads(net, look_of(torch.from_numpy(data.shots.z).float()), data.views(np.arange(len(data.hit))), seen.cams)
     at = mesh_landmarks(data, model, drawn.shape[-1])[:, list(FEATURES_AT)]
     gap = patch_shift(seen.images, drawn, at)

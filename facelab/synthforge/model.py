@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..lab.base import building
 from ..lab.errors import InputError, ShapeError
 from ..nets.hourglass import EDGES68, HourglassConfig, StackedHourglass
 from ..nets.unet import UNet
@@ -188,16 +189,12 @@ def net_of(
     config: Mapping,  # of `plain_config`
 ) -> SyntheticBackbone | FineTuned:  # in eval mode
     "The network of a base. Raises `InputError` where tensors and config do not fit."
-    try:
+    with building("SynthForge network"), torch.random.fork_rng(devices=[]):
         if "labels" in config:
-            with torch.random.fork_rng(devices=[]):
-                net = FineTuned(_backbone(config["backbone"]), LabelConfig(**{**config["labels"], "tasks": tuple(config["labels"]["tasks"])}))
+            net = FineTuned(_backbone(config["backbone"]), LabelConfig(**{**config["labels"], "tasks": tuple(config["labels"]["tasks"])}))
         else:
-            with torch.random.fork_rng(devices=[]):
-                net = _backbone(config)
+            net = _backbone(config)
         net.load_state_dict(dict(tensors))
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError("SynthForge network", f"{type(error).__name__}: {str(error)[:200]}", "tensors and config of one network", "Bring the base again, or train it with this version.") from error
     return net.eval()
 
 

@@ -13,8 +13,7 @@ import torch
 from ..data.embedded import Recipe, check_world
 from ..data.views import draw_shots, label_of, orbit_view
 from ..face.morphable import MorphableModel
-from ..lab.base import Base, load_base
-from ..lab.errors import InputError
+from ..lab.base import Base, building, load_base
 from ..lab.inputs import input_path
 from ..lab.paths import build_dir
 from ..nets.next3d import Next3D, Next3DConfig
@@ -53,10 +52,11 @@ def next3d_from_base(
     name: str = "next3d",  # for messages
 ) -> Next3D:
     "The generator of a base's tensors and config on the procedural head, in eval mode, frozen."
-    net = Next3D(Next3DConfig.from_dict(config))
-    lost, more = net.load_state_dict(tensors, strict=False) if all(k not in net.state_dict() or net.state_dict()[k].shape == t.shape for k, t in tensors.items()) else (["shapes"], [])
-    if more or set(lost) - set(TOPOLOGY):
-        raise InputError(f"base {name}", f"weights that do not fit ({', '.join([*sorted(set(lost) - set(TOPOLOGY)), *more][:3])})", "the tensors of this configuration", "Bring the base again, or train it with this version.")
+    with building(f"base {name}"):
+        net = Next3D(Next3DConfig.from_dict(config))
+        lost, more = net.load_state_dict(tensors, strict=False)  # the mesh is not in the file
+        if odd := [*sorted(set(lost) - set(TOPOLOGY)), *more]:
+            raise KeyError(", ".join(odd[:3]))
     return set_head(net, MorphableModel.procedural()).eval().requires_grad_(False)
 
 

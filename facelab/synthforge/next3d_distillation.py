@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOK_NAMES', 'LOOK_AT', 'FACE64_NEXT3D', 'look_of', 'codes_of', 'MeshShots', 'corner_places', 'add_meshes',
-           'MeshDistillation', 'MeshBatch', 'seen_of', 'mesh_source', 'mesh_scene', 'start_next3d', 'draw_heads',
-           'distil_next3d', 'held_out_psnr']
+           'MeshDistillation', 'MeshBatch', 'mesh_source', 'mesh_scene', 'start_next3d', 'draw_heads', 'distil_next3d',
+           'held_out_psnr']
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from ..data.dress import shape_code
 from ..data.rig import load_rig
 from ..data.scene import Scene
 from ..data.semantic import LIGHTS, PAINTS, Z_NAMES, scene_of
-from ..data.views import PIVOT, Shots, pixel_weight
+from ..data.views import PIVOT, Shots
 from ..face.head_expression import clamp_lids, expression_basis, expression_coefficients
 from ..face.morphable import MorphableModel
 from ..lab.errors import ShapeError
@@ -120,22 +120,13 @@ class MeshBatch(NamedTuple):
     seen: SeenViews
 
 
-def seen_of(
-    shots: Shots,
-    at: np.ndarray,  # numbers of views
-    emphasis: float = 0.0,
-) -> SeenViews:
-    "Some views of a set."
-    return SeenViews.of_arrays(shots.images[at], pixel_weight(shots.labels19[at], emphasis), shots.alpha[at], shots.depth[at], shots.cams[at])
-
-
 def mesh_source(
     data: MeshShots,
     config: MeshDistillation,
 ) -> Items:
     "Heads as a source of batches: other views of a head at each visit."
     looks, shots = look_of(torch.from_numpy(data.shots.z).float()), data.shots
-    return view_items(len(looks), shots.each, config, lambda heads, at: MeshBatch(looks[heads], data.views(heads), seen_of(shots, at, config.emphasis)))
+    return view_items(len(looks), shots.each, config, lambda heads, at: MeshBatch(looks[heads], data.views(heads), shots.seen(at, config.emphasis)))
 
 # %% ../../nbs/synthforge/80_next3d_distillation.ipynb #loss
 def mesh_scene(
@@ -203,7 +194,7 @@ def held_out_psnr(
 ) -> Float[Tensor, "n"]:  # dB, of each view
     "How near a generator comes to heads that it has not seen."
     device = net.face_uvcoords.device
-    seen = seen_of(val.shots, np.arange(len(val.shots.images)))
+    seen = val.shots.seen()
     mesh = MeshViews(*(part.to(device) for part in val.views(np.arange(len(val.hit)))))
     drawn = draw_heads(net, look_of(torch.from_numpy(val.shots.z).float()).to(device), mesh, seen.cams.to(device)).cpu()
     where = torch.nn.functional.interpolate(seen.alpha[:, None], scale_factor=drawn.shape[-1] // seen.alpha.shape[-1]) if foreground else None

@@ -9,7 +9,7 @@ __all__ = ['NOT_JUDGED', 'READINGS', 'CODE_STAGE1', 'PAPER_STAGE1', 'CODE_STAGE2
 
 # %% ../../nbs/synthforge/20_objective.ipynb #imports
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -154,17 +154,22 @@ class TaskWeights:
     heat: float = 0.0  # of `heat_loss`  # ours; 0 as in the paper and the code
     ssl_part: float = 1.0  # of a batch that Eq. 2 is asked of  # ours; all as in the paper and the code
     balance: float = 0.0  # of `seg_loss`  # ours; 0 as in the paper and the code
+    balance_end: float | None = None  # what it falls to, in a line, by the last step; None: it stays  # ours
 
     def __post_init__(self):
-        if min(self.seg, self.depth, self.kps, self.ssl, self.heat, self.balance) < 0 or self.reading not in READINGS or not 0 < self.ssl_part <= 1:
+        if min(self.seg, self.depth, self.kps, self.ssl, self.heat, self.balance, self.balance_end or 0) < 0 or self.reading not in READINGS or not 0 < self.ssl_part <= 1:
             came = f"weights {self.seg}, {self.depth}, {self.kps}, {self.ssl}, {self.heat}, reading {self.reading!r} of a part of {self.ssl_part}"
             raise InputError("TaskWeights", came, f"0 or more; one of {', '.join(READINGS)}; a part above 0, up to 1", "0 switches a term off.")
+
+    def at(self, done: float) -> "TaskWeights":  # done: of the training, 0..1
+        "The weights of one step."
+        return self if self.balance_end is None else replace(self, balance=self.balance + done * (self.balance_end - self.balance))
 
 
 CODE_STAGE1 = TaskWeights()
 PAPER_STAGE1 = TaskWeights(reading="norm")  # paper Eq. 2; its weights are not given
 CODE_STAGE2 = TaskWeights(1.0, 0.5, 0.2, 0.0)  # authors' code
-MINI_WEIGHTS = TaskWeights(1.0, 1.0, 1.0, 0.1, "mse", 2.0, 0.25, 0.5)  # ours
+MINI_WEIGHTS = TaskWeights(1.0, 1.0, 1.0, 0.1, "mse", 2.0, 0.25, 0.75, 0.35)  # ours
 
 # %% ../../nbs/synthforge/20_objective.ipynb #task-losses
 def task_losses(

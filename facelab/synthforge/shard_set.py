@@ -11,7 +11,6 @@ import io
 import json
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.reading import PhotoSet
 from ..data.truth import DEPTH_STEPS
-from ..lab.errors import AssetError, InputError, Skipped
+from ..lab.errors import AssetError, InputError
 from ..lab.files import read_json
 from ..lab.images import read_image
 from .annotated import AnnotatedFace
@@ -92,7 +92,7 @@ def shard_places(
 
 # %% ../../nbs/synthforge/51_shard_set.ipynb #shard-set
 @dataclass
-class ShardSet:
+class ShardSet(PhotoSet[AnnotatedFace]):
     "Annotated faces in shards; read when they are asked for."
 
     root: Path
@@ -115,45 +115,41 @@ class ShardSet:
     def flips(self) -> tuple[tuple[int, int], ...]:  # labels that change places in a mirrored picture
         return self.plan.flips
 
-    def place(self, at: int) -> tuple[int, int]:  # shard, item number
-        "Where a face is."
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
+    def _at(self, at: int) -> tuple[int, int]:  # shard, place in it
         at %= len(self)
         shard = bisect_right(self._ends, at)
-        if shard not in self._places:
-            while len(self._places) >= self.keep:
-                self._places.pop(next(iter(self._places)))
-            self._places[shard] = shard_places(self.root / self.shards[shard]["file"])
-        numbers = sorted(self._places[shard])
-        inside = at - (self._ends[shard] - self.shards[shard]["items"])
-        if len(numbers) != self.shards[shard]["items"]:
-            raise InputError(self.root / self.shards[shard]["file"], f"{len(numbers)} items", f"{self.shards[shard]['items']}, as the index says", "Run the writer again, or copy the folder whole.")
-        return shard, numbers[inside]
+        return shard, at - (self._ends[shard] - self.shards[shard]["items"])
 
     def name_of(self, at: int) -> str:
         "What an item is called in messages."
-        shard, number = self.place(at)
-        return f"{self.shards[shard]['file']}: item {number}"
+        shard, inside = self._at(at)
+        return f"{self.shards[shard]['file']}: item {inside} of {self.shards[shard]['items']}"
 
-    def __getitem__(self, at: int) -> AnnotatedFace:
-        shard, number = self.place(at)
-        path, files = self.root / self.shards[shard]["file"], {}
+    def files(
+        self,
+        at: int,
+        endings: tuple[str, ...] | None = None,  # 'json', 'image.png', ...; None: all
+    ) -> dict[str, bytes]:  # ending -> bytes
+        "The files of a face as they are written. Raises `InputError` where the shard is not whole."
+        shard, inside = self._at(at)
+        path, found = self.root / self.shards[shard]["file"], {}
+        if shard not in self._places:
+            while len(self._places) >= self.keep:
+                self._places.pop(next(iter(self._places)))
+            self._places[shard] = shard_places(path)
+        places = self._places[shard]
+        if len(places) != self.shards[shard]["items"]:
+            raise InputError(path, f"{len(places)} items", f"{self.shards[shard]['items']}, as the index says", "Run the writer again, or copy the folder whole.")
         with open(path, "rb") as tar:
-            for ending, (start, size) in self._places[shard][number].items():
-                tar.seek(start)
-                files[ending] = tar.read(size)
-        return decode_face(files, f"{path.name}: item {number}")
+            for ending, (start, size) in places[sorted(places)[inside]].items():
+                if endings is None or ending in endings:
+                    tar.seek(start)
+                    found[ending] = tar.read(size)
+        return found
 
-    def items(self, skipped: Skipped | None = None) -> Iterator[AnnotatedFace]:
-        "All faces in order; with `skipped`, damaged ones are noted there and left out."
-        for at in range(len(self)):
-            try:
-                yield self[at]
-            except InputError as error:
-                if skipped is None:
-                    raise
-                skipped.add(f"face {at}", error)
+    def read(self, at: int) -> AnnotatedFace:
+        "One face."
+        return decode_face(self.files(at), self.name_of(at))
 
 # %% ../../nbs/synthforge/51_shard_set.ipynb #read
 def read_shards(

@@ -132,7 +132,7 @@ def backbone_loss(
         few = max(1, round(weights.ssl_part * len(images)))
         numbers = torch.rand(few, 3, generator=torch.Generator().manual_seed(step.seed_from(7, step.share.rank)))
         ssl = equivariance_loss(net.encoder, images[:few], features[:few], draw_moves(numbers.to(images.device), images.shape[-1]), weights.reading)
-    return weighted_loss(net.heads(features), Annotations(*true), weights, ssl)
+    return weighted_loss(net.heads(features), Annotations(*true), weights.at(step.number / step.total), ssl)
 
 # %% ../../nbs/synthforge/45_training.ipynb #run-stage
 def run_stage(
@@ -204,5 +204,5 @@ def train_labels(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         net = FineTuned(backbone, labels)
-    loss = lambda models, batch, step: weighted_loss(models["net"](batch[0]), Annotations(*batch[1]), config.weights)
+    loss = lambda models, batch, step: weighted_loss(models["net"](batch[0]), Annotations(*batch[1]), config.weights.at(step.number / step.total))
     return run_stage(net, loss, faces, config, flips, val, background, {"labels": asdict(labels), **(facts or {})}, scratch, label, progress)
