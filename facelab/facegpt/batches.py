@@ -124,4 +124,4 @@ def talk_source(
     groups: int = 2,  # of like length in a batch
 ) -> Items:
     "The set as a source for `facelab.lab.train`."
-    return Items(len(talks), lambda index, rng: index, collate=lambda rows: talk_groups(talks, rows, groups))
+    return Items.numbers(len(talks), lambda rows: talk_groups(talks, rows, groups))

@@ -193,7 +193,7 @@ def train_tower(
             return tower_scores(tower, lesson, val)
 
     how = TrainConfig(config.steps, config.batch, clip=5.0, seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 100))
-    source = Items(len(photos), lambda index, rng: index, collate=lambda rows: torch.tensor(rows))
+    source = Items.numbers(len(photos))
     calls = [Every(max(1, config.steps // 8), look)] if val is not None else []
     done = train(how, {"tower": tower, "lesson": lesson}, [player], source, scratch, calls, {"lessons": config.facts(), "data": int(photos.images.long().sum())}, label)
     tower.eval()

@@ -74,7 +74,7 @@ def train_attributes(
         torch.manual_seed(seed)
         net = AttributeNet()
     player = Player("attributes", loss_fn, lambda models: list(models["attributes"].parameters()), lambda parameters: torch.optim.AdamW(parameters, rate, weight_decay=0.01), Rise(steps, min(20, steps), 0.1, 0.02))
-    train(TrainConfig(steps, batch, clip=1.0, seed=seed, threads=threads), {"attributes": net.train()}, [player], Items(len(images), lambda index, rng: index, collate=torch.tensor), None, [], None, label, progress)
+    train(TrainConfig(steps, batch, clip=1.0, seed=seed, threads=threads), {"attributes": net.train()}, [player], Items.numbers(len(images)), None, [], None, label, progress)
     return net.eval().requires_grad_(False)
 
 

@@ -161,7 +161,7 @@ def train_heads(
 
     player = Player("heads", loss_fn, list(heads), lambda weights: torch.optim.AdamW(weights, how.rate, (0.9, 0.999), weight_decay=how.decay), Constant(0))
     config = TrainConfig(how.steps, min(how.batch, len(labels)), 1, None, "no", None, seed=how.seed, log_every=how.steps, device="cpu")
-    train(config, heads, [player], Items(len(labels), lambda index, rng: index, collate=torch.tensor), progress=False)
+    train(config, heads, [player], Items.numbers(len(labels)), progress=False)
     return {name: head.requires_grad_(False) for name, head in zip(features, heads.values())}
 
 

@@ -255,7 +255,7 @@ def pretrain(
     memory = data if isinstance(data, TokenSet) else None
     if memory is None and encode is None:
         raise InputError("pretrain", "a stream of images without encode", "a function from images (0..1) to codes", "Pass the VQGAN's, or tokens in memory.")
-    source = data if memory is None else Items(len(memory.codes), lambda index, rng: index, collate=torch.tensor)
+    source = data if memory is None else Items.numbers(len(memory.codes))
     player = Player("gptface", loss_fn or pretrain_loss(config, memory, encode, starts), lambda models: weight_groups(models["gptface"], config.decay),
                     lambda groups: torch.optim.AdamW(groups, config.rate, config.betas), Rise(config.steps, min(config.warmup, config.steps), config.start, config.floor))
 

@@ -151,7 +151,7 @@ def train_parser(
         net = UNetParser(classes, images.shape[-1], width=config.width)
     player = Player("parser", loss_fn, lambda models: list(models["parser"].parameters()), lambda parameters: torch.optim.AdamW(parameters, config.rate), Rise(config.steps, min(20, config.steps), 0.1, 0.05))
     how = TrainConfig(config.steps, config.batch, clip=1.0, seed=config.seed, threads=config.threads)
-    train(how, {"parser": net.train()}, [player], Items(len(images), lambda index, rng: index, collate=torch.tensor), None, [], None, label, progress)
+    train(how, {"parser": net.train()}, [player], Items.numbers(len(images)), None, [], None, label, progress)
     return net.eval().requires_grad_(False)
 
 

@@ -233,7 +233,7 @@ def train_rival(
         net = Rival(config)
     player = Player("rival", rival_loss(data, config.method), ["rival"], lambda weights: torch.optim.AdamW(weights, rate, (0.9, 0.999), weight_decay=0.01), Rise(steps, min(warmup, steps), 0.2, 0.1))
     how = TrainConfig(steps, batch, 1, 1.0, "no", None, seed=seed, threads=threads, log_every=max(1, steps // 20), device=device)
-    source = Items(len(data.picture), lambda index, rng: index, collate=torch.tensor)
+    source = Items.numbers(len(data.picture))
     facts = {"config": asdict(config), "rate": rate, "data": [int(data.images.long().sum()), int(data.text.sum()), int(data.codes.sum())]}
     done = train(how, {"rival": net}, [player], source, scratch, (), facts, RIVALS[config.method], progress)
     return net.cpu().eval(), done.curve

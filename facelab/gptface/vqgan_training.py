@@ -223,7 +223,7 @@ def picture_source(
     images: UInt8[Tensor, "n c h w"],
 ) -> Items:
     "Pictures in memory as a source of batches."
-    return Items(len(images), lambda index, rng: index, collate=lambda rows: images[torch.tensor(rows)])
+    return Items.numbers(len(images), lambda rows: images[torch.tensor(rows)])
 
 
 class TrainedVQGAN(NamedTuple):

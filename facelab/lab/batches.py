@@ -94,14 +94,19 @@ class _Batches(Dataset):
     share: Share
 
     def __getitem__(self, k: int):
-        made, count = [], self.items.count
-        first = seed_of(self.share.seed, 2)
-        for place in places(k, self.share):
+        first, line, made = seed_of(self.share.seed, 2), places(k, self.share), []
+        if self.items.load is None:  # numbers draw nothing; what `collate` draws is as after the last item
+            seed_generators(first + line[-1])
+            return self.items.collate([self.index(place) for place in line]), k + 1
+        for place in line:
             seed_generators(first + place)
-            epoch, at = divmod(place, count)
-            index = int(self.items.order(self.share.seed, epoch)[at]) if self.items.shuffle else at
-            made.append(self.items.load(index, np.random.default_rng([self.share.seed, 1, place])))
+            made.append(self.items.load(self.index(place), np.random.default_rng([self.share.seed, 1, place])))
         return self.items.collate(made), k + 1
+
+    def index(self, place: int) -> int:
+        "Which item stands at a place."
+        epoch, at = divmod(place, self.items.count)
+        return int(self.items.order(self.share.seed, epoch)[at]) if self.items.shuffle else at
 
 
 def _as_is(batch):
@@ -123,7 +128,7 @@ class Items:
     "A set with an index, as a `Source`."
 
     count: int  # items
-    load: Callable[[int, np.random.Generator], Any]  # (index, generator of this visit) -> item
+    load: Callable[[int, np.random.Generator], Any] | None  # (index, generator of this visit) -> item; None: the item is its number
     shuffle: bool = True
     collate: Callable[[list], Any] = default_collate  # items -> batch
     workers: int = 0  # processes that load ahead
@@ -138,6 +143,11 @@ class Items:
     def of(cls, dataset: Sequence, **options) -> "Items":
         "A `torch` data set: `len` and `[]`."
         return cls(len(dataset), lambda index, rng: dataset[index], **options)
+
+    @classmethod
+    def numbers(cls, count: int, collate: Callable[[list[int]], Any] = torch.tensor) -> "Items":
+        "Numbers of rows that lie in memory."
+        return cls(count, None, collate=collate)
 
     def facts(self) -> dict[str, Any]:
         "What of it changes the batches; the numbers in the items are for the caller's facts to say."
