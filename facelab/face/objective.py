@@ -34,6 +34,7 @@ class Objective:
     light_weight: float = 0.0  # FOCUS: none; literal: 1
     mask_floor: float = 0.0  # least weight of a covered pixel, for skin that the colour model does not know  # ours
     placed: float = 0.0  # landmarks once more, after the best shift, turn in the picture and scale  # ours; 0: Eq. 5 as it is
+    posed: float = 0.0  # landmarks once more, by the camera that sees the model's points best  # ours; 0: Eq. 5 as it is
 
     def __post_init__(self):
         if self.reading not in ("focus", "literal"):
@@ -127,6 +128,7 @@ def face_loss(
     alpha: Float[Tensor, "b 1 h w"] | None = None,  # where the model covers the picture
     skin: Float[Tensor, "b 1 h w"] | None = None,  # posterior of skin in the photo
     landmarks: tuple[Tensor, Tensor, int] | None = None,  # projected, of the photo (both "b l 2" pixels), width of the picture
+    posed: Float[Tensor, "b l 2"] | None = None,  # the model's points, projected by the camera that sees them best: facelab.face.fit.posed_landmarks
     features: tuple[Tensor, Tensor] | None = None,  # of the render and of the photo, "b d"
 ) -> tuple[Float[Tensor, "b"], dict[str, Float[Tensor, "b"]]]:  # Eq. 5, and its weighted terms
     "FaceGPT's Eq. 5 of each sample, and the terms that it is the sum of."
@@ -139,6 +141,8 @@ def face_loss(
         terms["landmark"] = objective.landmark * landmark_loss(*landmarks, objective.reading)
     if landmarks is not None and objective.placed:
         terms["placed"] = objective.placed * landmark_loss(placed(*landmarks[:2]), *landmarks[1:], objective.reading)
+    if landmarks is not None and posed is not None and objective.posed:
+        terms["posed"] = objective.posed * landmark_loss(posed, *landmarks[1:], objective.reading)
     if objective.regulariser:
         terms["regulariser"] = objective.regulariser * regulariser(code, objective)
     if not terms:

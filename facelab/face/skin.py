@@ -40,10 +40,11 @@ NO_SKIN = (
 
 
 @cache
-def _tables(mixture) -> tuple[Tensor, Tensor, Tensor]:  # log of the factors "4", means "4 3", inverse covariances "4 3 3"
+def _tables(mixture) -> tuple[Tensor, Tensor, Tensor]:  # log of the factors "4", and what makes a colour's distances to the four means: "12 3", "12"
     weight, mean, det, inverse = (torch.tensor(column, dtype=torch.float64) for column in zip(*mixture))
     factor = (weight / ((2 * torch.pi) ** 3 * det).sqrt()).log()
-    return factor, mean, inverse[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(4, 3, 3)
+    whiten = torch.linalg.cholesky(inverse[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(4, 3, 3)).mT
+    return factor, whiten.reshape(12, 3), (whiten @ mean[:, :, None]).reshape(12)
 
 
 def log_density(
@@ -51,9 +52,9 @@ def log_density(
     mixture: tuple,  # SKIN or NO_SKIN
 ) -> Float[Tensor, "b h w"]:  # natural logarithm
     "Logarithm of a mixture's density."
-    factor, mean, inverse = (table.to(colours) for table in _tables(mixture))
-    away = colours[:, None] - mean[:, :, None, None]
-    return torch.logsumexp(factor[:, None, None] - 0.5 * torch.einsum("bkihw,kij,bkjhw->bkhw", away, inverse, away), 1)
+    factor, whiten, centre = (table.to(colours) for table in _tables(mixture))
+    away = (whiten @ colours.flatten(2) - centre[:, None]).unflatten(1, (4, 3)).square().sum(2)
+    return torch.logsumexp(factor[:, None] - 0.5 * away, 1).unflatten(1, colours.shape[2:])
 
 # %% ../../nbs/face/45_skin.ipynb #skin-mask
 def skin_mask(

@@ -156,7 +156,7 @@ def regressor_loss(
         ids, images, points, camera = batch_photos(photos, rows, recipe.how, generator, None if codes is None else codes[:, -6:])
         theta = models["regressor"](images)
         labels = None if codes is None else torch.cat([codes[ids.cpu(), :-6].to(theta), camera], 1)
-        face, terms = face_term(face_model, theta.float(), targets_of(images, points, embed, labels), recipe.weights, embed, recipe.focal)
+        face, terms = face_term(face_model, theta.float(), targets_of(images, points, embed, labels, recipe.weights.loss == "pixels"), recipe.weights, embed, recipe.focal)
         return {"loss": recipe.weights.face * face, "face": face, **terms}
 
     return loss_fn
@@ -170,7 +170,7 @@ def train_regressor(
     embed: Embed | None = None,  # pictures, landmarks -> features; None: no perceptual term
     codes: Float[Tensor, "n k"] | None = None,  # of another method, for `Weights.loss` "params"
     look: Callable | None = None,  # run -> scores, eight times
-    scratch: str | None = None,  # of its checkpoints
+    scratch: str | Path | None = None,  # of its checkpoints
     label: str = "regressor",  # of the progress line
 ) -> pd.DataFrame:  # the curve
     "Train the head, and the tower where it is not frozen, on Eq. 5 (FaceGPT 4.6)."

@@ -121,7 +121,7 @@ def talk_groups(
 
 def talk_source(
     talks: TalkSet,
-    groups: int = 2,  # of like length in a batch
+    groups: int = 4,  # of like length in a batch
 ) -> Items:
     "The set as a source for `facelab.lab.train`."
     return Items.numbers(len(talks), lambda rows: talk_groups(talks, rows, groups))

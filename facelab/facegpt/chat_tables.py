@@ -9,6 +9,7 @@ __all__ = ['IFF_MIX', 'iff_prompts', 'answer_talks', 'iff_rows', 'bench_tables',
 # %% ../../nbs/facegpt/89_chat_tables.ipynb #imports
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,7 +32,7 @@ from .wordings import DETAIL
 from ..lab.errors import InputError
 from ..lab.images import read_image
 from ..lab.inputs import input_hash, input_path
-from ..lab.paths import root
+from ..lab.paths import build_dir, root
 from ..lab.progress import Progress
 from ..lab.ratio import drawn_sums, with_interval
 from ..lab.record import Row
@@ -186,7 +187,7 @@ def run_chat(
             rows += found
             notes += [f"{name}, {kind}: {question!r} -> {text[:80]!r}" for kind, question, text in wrong[:6]]
         if job.judge:
-            rows += published_rows(name, talker, input_path(job.bench), judge_of(job.judge, job.scratch() / "replies.jsonl", job.device), tables)
+            rows += published_rows(name, talker, input_path(job.bench), judge_of(job.judge, build_dir("replies") / f"{job.stage}.jsonl", job.device), tables)
         else:
             not_run[f"{name}, LLaVA-Bench (COCO)"] = "needs its files and a judge: bench and judge in the profile"
     ours = VARIANTS["facegpt"]
@@ -203,14 +204,15 @@ def answers_figure(
 ) -> plt.Figure:
     "Photos with what each method says of them."
     at, rows = {name: k for k, name in enumerate(photos.names)}, spread(len(photos), count)
-    fig, axes = plt.subplots(len(rows), 2, figsize=(9, 1.25 * len(rows)), width_ratios=(1, 7), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(rows), 2, figsize=(9, 1.4 * len(rows)), width_ratios=(1, 7), squeeze=False, layout="constrained")
     for (picture, words), row in zip(axes, rows):
         picture.imshow(photos.images[row].permute(1, 2, 0)), picture.axis("off"), words.axis("off")
         lines = []
         for method, answers in said.items():
             own = [a for a in answers if at[a.picture] == row]
             lines += [f"{method}:"] if len(said) > 1 else []
-            lines += [f"   {a.question}  {a.text}"[:150] for a in own if a.kind != "complex" or method == next(iter(said))]
+            shown = [a for a in own if a.kind != "complex" or method == next(iter(said))]
+            lines += [line for a in shown for line in wrap(f"{a.question}  {a.text}", 125, initial_indent="   ", subsequent_indent="      ")]
         words.text(0, 0.5, "\n".join(lines), fontsize=5.5, va="center")
     plt.close(fig)
     return fig

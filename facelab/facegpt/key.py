@@ -11,6 +11,7 @@ __all__ = ['NUMBERS', 'CELLS', 'LEAST', 'REQUESTS', 'REQUESTS_HELD_OUT', 'TEXT_R
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -204,7 +205,7 @@ def train_key(
     photos: FacePhotos,
     talks: TalkSet,  # `key_talks` of these photos
     look: Callable | None = None,  # run -> scores, eight times
-    scratch: str | None = None,  # of its checkpoints: adapter and rows only
+    scratch: str | Path | None = None,  # of its checkpoints: adapter and rows only
     label: str = "LLaVA-Key",  # of the progress line
 ) -> pd.DataFrame:  # the curve
     "Fine-tune a LLaVA to write landmarks (FaceGPT 4.2)."

@@ -186,12 +186,12 @@ def train_baseline(
         talker = new_key(have.base(), recipe, have.prompt)
         told = key_text_talks(photos, have.talks)
         talks = key_talks(photos, job.seed, max(len(photos), 3 * len(told) // 2), 0.0) + told  # two in five by text, as FaceGPT has
-        curve = train_key(recipe, talker, photos, talk_set(talker.encoder, talks, photos), scratch="facegpt-key", label=name)
+        curve = train_key(recipe, talker, photos, talk_set(talker.encoder, talks, photos), scratch=job.scratch() / which, label=name)
         save_key(talker, folder)
     else:
         recipe = replace(have.recipe, rate=have.recipe.rate if job.recipe == "paper" else 3e-4)  # of the tower, ours: a third of the head's
         net = FaceRegressor(have.base(), have.model.dims, have.prior, which == "specialised", face_model=job.face_model)
-        curve = train_regressor(recipe, net, photos, have.model, have.embed, scratch=f"facegpt-{which}", label=name)
+        curve = train_regressor(recipe, net, photos, have.model, have.embed, scratch=job.scratch() / which, label=name)
         net.save(folder)
     return Trained(name, curve, len(photos), have.notes, have.inputs)
 
@@ -267,7 +267,7 @@ def train_variant(
     gpt = FaceGPT(have.base(), have.model.dims, have.prompt, recipe.lora, have.prior, job.face_model)
     rows = talk_set(gpt.encoder, talks, have.photos, skipped)
     notes += [f"{name}: {skipped.report(len(talks))}"] if skipped else []
-    curve = train_facegpt(recipe, gpt, have.photos, rows, have.model, have.embed, codes, scratch=f"facegpt-{variant}", label=name)
+    curve = train_facegpt(recipe, gpt, have.photos, rows, have.model, have.embed, codes, scratch=job.scratch() / variant, label=name)
     gpt.save_pretrained(job.checkpoint() / variant)
     return Trained(name, curve, len(have.photos), notes, have.inputs)
 

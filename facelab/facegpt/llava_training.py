@@ -174,6 +174,6 @@ def teach_llava(
     how = TrainConfig(config.steps, config.batch, clip=1.0, seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 100))
     calls = [Every(max(1, config.steps // 8), look)] if look else []
     facts = {"lessons": asdict(config), "photos": int(photos.images.long().sum()), "talks": int(sum(int(row.input_ids.sum()) for row in talks.rows))}
-    done = train(how, {"talker": talker, "copy": copy}, [player], talk_source(talks), scratch, calls, facts, label)
+    done = train(how, {"talker": talker, "copy": copy}, [player], talk_source(talks, 2), scratch, calls, facts, label)
     talker.eval()
     return done.curve, copy

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..face.code import FaceCode
-from ..face.fit import see
+from ..face.fit import posed_landmarks, see
 from ..face.morphable import MorphableModel
 from ..face.objective import EQ5, Objective, face_loss, over
 from ..face.skin import skin_mask
@@ -39,7 +39,7 @@ class Weights:
 
 
 PAPER = Weights()
-MINI = Weights(text=2.0, face=1.5, eq5=Objective(photo=1.5, perceptual=0.0, landmark=5e-3, placed=0.05, regulariser=1.0, shape_weight=1.2, tex_weight=0.3, light_weight=0.1))  # ours, for 64 pixels
+MINI = Weights(text=2.0, face=1.5, eq5=Objective(photo=1.5, perceptual=0.0, landmark=5e-3, placed=0.05, posed=0.3, regulariser=1.0, shape_weight=2.5, exp_weight=0.9, tex_weight=0.3, light_weight=0.1))  # ours, for 64 pixels
 
 # %% ../../nbs/facegpt/20_objective.ipynb #text-loss
 def text_loss(
@@ -74,11 +74,12 @@ def targets_of(
     landmarks_2d: Float[Tensor, "b 68 2"] | None = None,  # pixels
     embed: Embed | None = None,  # None: no perceptual term
     codes: Float[Tensor, "b k"] | None = None,  # of another method
+    skin: bool = True,  # make mask A
 ) -> Targets:
     "All that Eq. 5 needs of photos, without gradient."
     with torch.no_grad():
         features = embed(images, landmarks_2d) if embed is not None and landmarks_2d is not None else None
-        return Targets(images, landmarks_2d, skin_mask(images), features, codes)
+        return Targets(images, landmarks_2d, skin_mask(images) if skin else None, features, codes)
 
 # %% ../../nbs/facegpt/20_objective.ipynb #self-supervised
 def render_loss(
@@ -93,12 +94,13 @@ def render_loss(
     "L_face (Eq. 5) of predicted codes: render them and look."
     code, size = FaceCode.unpack(theta, model.dims), targets.images.shape[-1]
     drawn = code if prior is None else FaceCode.unpack(theta - prior, model.dims)
-    seen, _, points = see(model, code, size, focal)
+    seen, verts, points = see(model, code, size, focal)
     features = None
     if embed is not None and targets.features is not None and eq5.perceptual:
         features = (embed(over(seen.image, seen.alpha, targets.images), points.detach()), targets.features)
     found = None if targets.landmarks_2d is None else (points, targets.landmarks_2d, size)
-    return face_loss(eq5, drawn, image=targets.images, rendered=seen.image, alpha=seen.alpha, skin=targets.skin, landmarks=found, features=features)
+    posed = posed_landmarks(model.landmarks(verts), targets.landmarks_2d, size, focal) if found and eq5.posed else None
+    return face_loss(eq5, drawn, image=targets.images, rendered=seen.image, alpha=seen.alpha, skin=targets.skin, landmarks=found, posed=posed, features=features)
 
 # %% ../../nbs/facegpt/20_objective.ipynb #params
 UNITS = {"light": 0.5, "camera": 0.3}  # size of one unit in a code; shape, exp and tex are in standard deviations  # ours

@@ -8,6 +8,7 @@ __all__ = ['PAPER', 'MINI', 'TrainRecipe', 'batch_photos', 'facegpt_loss', 'trai
 # %% ../../nbs/facegpt/40_train.ipynb #imports
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -88,9 +89,10 @@ def facegpt_loss(
         ids, images, points, camera = batch_photos(photos, wanted, recipe.how, generator, cameras)
         at = lambda rows: torch.searchsorted(ids, rows)
         words, thetas, targets = [], [], []
+        shown = torch.cat([group.shown for group in groups]).unique()  # the tower is frozen and sees each photo once
+        features = model.vision(tensor_pixels(model.llava, images[at(shown)])) if len(shown) else None
         for group in groups:
-            features = model.vision(tensor_pixels(model.llava, images[at(group.shown)])) if len(group.shown) else None
-            seen = model(group.tokens, features)
+            seen = model(group.tokens, features[torch.searchsorted(shown, group.shown)] if len(group.shown) else None)
             words.append(model.token_losses(seen.hidden, group.tokens.labels)[0])
             thetas.append(seen.theta)
             targets.append(group.targets)
@@ -99,7 +101,7 @@ def facegpt_loss(
             return {"loss": weights.text * text, "text": text}
         own = at(judged)
         labels = None if codes is None else torch.cat([codes[judged.cpu(), :-6].to(theta), camera[own]], 1)
-        truth = targets_of(images[own], points[own], embed, labels)
+        truth = targets_of(images[own], points[own], embed, labels, weights.loss == "pixels")
         face, terms = face_term(face_model, theta.float(), truth, weights, embed, recipe.focal, model.head.offset)
         return {"loss": weights.text * text + weights.face * face, "text": text, "face": face, **terms}
 
@@ -115,7 +117,7 @@ def train_facegpt(
     embed: Embed | None = None,  # pictures, landmarks -> features; None: no perceptual term
     codes: Float[Tensor, "n k"] | None = None,  # of another method, for `Weights.loss` "params"
     look: Callable | None = None,  # run -> scores, eight times
-    scratch: str | None = None,  # of its checkpoints: adapter, rows and head only
+    scratch: str | Path | None = None,  # of its checkpoints: adapter, rows and head only
     label: str = "FaceGPT",  # of the progress line
 ) -> pd.DataFrame:  # the curve
     "Train the adapter, the rows of <FACE> and the head (paper 4.2)."

@@ -56,12 +56,14 @@ class Claim:
     table: str  # the paper's
     checks: tuple[Check, ...]
 
-    def status(self, records: dict[str, Record]) -> str:  # reproduced, partly, not reproduced or not run
+    def status(self, records: dict[str, Record]) -> str:  # reproduced, partly, undecided, not reproduced, partly run or not run
         "Of all its checks."
         found = [c.verdict(records) for c in self.checks]
         if "not run" in found:
             return "not run" if set(found) == {"not run"} else "partly run"
-        return "reproduced" if set(found) == {"holds"} else "partly" if "holds" in found else "not reproduced"
+        if "holds" in found:
+            return "reproduced" if set(found) == {"holds"} else "partly"
+        return "undecided" if set(found) == {"undecided"} else "not reproduced"
 
 # %% ../../nbs/lab/55_ledger.ipynb #records
 def records_of(

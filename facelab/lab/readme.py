@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['column', 'table_rows', 'fresh_text', 'shown_records', 'main']
 
-# %% ../../nbs/lab/52_readme.ipynb #c03
+# %% ../../nbs/lab/52_readme.ipynb #imports
 from .errors import InputError
 from .files import atomic_write, read_text, read_yaml
 from .paths import root
 from .record import Record, Row, load_record
 from .table import in_words
 
-# %% ../../nbs/lab/52_readme.ipynb #c05
+# %% ../../nbs/lab/52_readme.ipynb #column
 def column(
     record: Record,
     shown: dict,  # columns: lists of metric, unit and perhaps data; perhaps methods, and without: data that is left out
@@ -36,7 +36,7 @@ def table_rows(
         lines[method] = f"| {method} | {' | '.join(in_words(found[method]) for found in columns)} |"
     return lines
 
-# %% ../../nbs/lab/52_readme.ipynb #c08
+# %% ../../nbs/lab/52_readme.ipynb #rows
 def fresh_text(
     text: str,  # of a README
     records: dict[str, tuple[Record, dict]],  # stage -> its record, and what of it is shown
@@ -76,7 +76,7 @@ def main():
             file.write(after)
     print(f"README.md: {changed} rows changed")
 
-# %% ../../nbs/lab/52_readme.ipynb #c11
+# %% ../../nbs/lab/52_readme.ipynb #main
 #| eval: false
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ __all__ = ['Job', 'Outcome', 'Run', 'run_stage', 'named_function', 'save_results
 import argparse
 import importlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Job:
         raise AttributeError(f"stage {self.stage} has no parameter {name!r}; it has {', '.join(sorted(values))}")
 
     def scratch(self) -> Path:  # build/scratch/<stage>
-        "A folder for what survives a crash and is not a result."
+        "A folder for what survives a crash and is not a result; a run that ends well removes it."
         return build_dir("scratch", self.stage)
 
     def checkpoint(self) -> Path:  # build/checkpoints/<stage>
@@ -106,6 +107,7 @@ def run_stage(
     folder = Path(folder or root() / "results" / stage)
     if int(os.environ.get("RANK", 0)) == 0:
         save_results(record, outcome, folder, run_cost(time.monotonic() - began))
+        shutil.rmtree(job.scratch(), ignore_errors=True)  # the next run is a run, not what this one has left
     return Run(record, outcome, folder)
 
 # %% ../../nbs/lab/80_run.ipynb #named-function

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['close_window', 'curve_of', 'only', 'one_step', 'after_step', 'SaveClock', 'guarded', 'TrainResult',
-           'refuse_under_zero', 'set_up', 'run_facts', 'train', 'loop', 'EarlyStop', 'Every', 'Items', 'Player', 'Step',
-           'Stream', 'TrainConfig', 'Training']
+           'refuse_under_zero', 'set_up', 'run_facts', 'run_folder', 'train', 'loop', 'EarlyStop', 'Every', 'Items',
+           'Player', 'Step', 'Stream', 'TrainConfig', 'Training']
 
 # %% ../../nbs/lab/70_train.ipynb #imports
 import itertools
@@ -28,7 +28,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from .batches import Items, Share, Source, Stream, seed_generators, seed_of
-from .checkpoint import describe, fingerprint, newest_checkpoint, read_checkpoint, save_checkpoint, sweep, writer_lock
+from .checkpoint import checkpoints, code_fingerprint, describe, fingerprint, newest_checkpoint, read_checkpoint, save_checkpoint, sweep, writer_lock
 from .errors import InputError
 from .parallel import from_all, from_main, in_common, is_sharded, make_accelerator, plain_name, whole
 from .paths import build_dir
@@ -254,6 +254,24 @@ def run_facts(
     return describe({"train": run.config.facts(), "source": source, "players": [seat.player for seat in run.seats], "rates": [seat.rates for seat in run.seats], "optimizers": groups, "models": shapes, "facts": facts})
 
 # %% ../../nbs/lab/70_train.ipynb #train
+def run_folder(
+    top: Path,  # the scratch folder of a training
+    said: Any,  # the facts of the run
+    label: str | None = None,  # of the progress line; None says nothing
+) -> Path:  # where its checkpoints are
+    "The folder of this configuration and this code; with `FACELAB_RESUME=any` that of an older code, where this one has none."
+    name = fingerprint(said)[:12]
+    folder = top / f"{name}-{code_fingerprint()[:8]}"
+    older = sorted((old for old in top.glob(f"{name}-*") if old != folder and checkpoints(old)), key=lambda old: old.stat().st_mtime)
+    if not older or checkpoints(folder):
+        return folder
+    goes_on, step = os.environ.get("FACELAB_RESUME") == "any", int(checkpoints(older[-1])[-1].name.split("-")[1])
+    if label:
+        what = f"goes on from another code's step {step}" if goes_on else f"begins anew: facelab's code has changed since step {step}; FACELAB_RESUME=any would have gone on from it"
+        print(f"{label}: {what} ({older[-1]})", file=sys.stderr, flush=True)
+    return older[-1] if goes_on else folder
+
+
 def train(
     config: TrainConfig,
     models: Mapping[str, nn.Module],  # by name; they are trained in place
@@ -272,7 +290,7 @@ def train(
         said, folder, main = run_facts(run, facts), None, run.accelerator.is_main_process
         if scratch is not None:
             top = build_dir("scratch") / scratch if isinstance(scratch, str) else Path(scratch)
-            folder = top / fingerprint(said)[:12]
+            folder = run_folder(top, said, label if main else None)
             if main:
                 stack.enter_context(writer_lock(top.with_name(f"{top.name}.lock")))
                 sweep(folder)
