@@ -49,6 +49,9 @@ setup() {
     fi
     if [ -d .git ]; then PATH="$here/.venv/bin:$PATH" .venv/bin/nbdev_install_hooks >>"$log" 2>&1 || say "git hooks were not installed (see $log)"; fi
     git_hooks
+    say "compiling the renderer's loops (a minute, once)"
+    .venv/bin/python -c 'from facelab.data.world import photograph, sample_person, sample_photo
+photograph(sample_photo(sample_person(1, 0), 0), 16, 1)' >>"$log" 2>&1 || say "not compiled now, so at the first photo (see $log)"
     printf '%s' "$stamp_now" > .venv/facelab-stamp
 }
 

@@ -30,6 +30,7 @@ from .rig import Rig, load_rig, mesh_normals
 from .scene import Scene, View
 from .wear import CLOTH, Piece, hat_edge
 from ..face.raster_kernels import raster_numpy
+from ..lab.compiled import one_blas_thread
 from ..lab.errors import InputError
 
 # %% ../../nbs/data/35_photo.ipynb #photo
@@ -299,6 +300,7 @@ def landmark_truth(
     return xy.astype(np.float32), inside & (np.median(front, 0) > depth - 8.0) & np.isfinite(front.min(0))
 
 # %% ../../nbs/data/35_photo.ipynb #photograph
+@one_blas_thread()
 def photograph(
     scene: Scene,
     size: int = 64,  # pixels, 16 to 1024

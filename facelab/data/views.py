@@ -33,6 +33,7 @@ from ..face.camera import EG3D_FOCAL, EG3D_UNIT_MM
 from ..face.head_expression import clamp_lids, expression_basis, expression_coefficients
 from ..face.raster_kernels import raster_numpy
 from ..lab.arrays import read_npz, require
+from ..lab.compiled import one_blas_thread
 from ..lab.errors import InputError
 from ..lab.files import atomic_write
 from ..lab.progress import Progress, cpu_count
@@ -172,6 +173,7 @@ def ray_depth(
     return (depth * np.sqrt(1 + at[:, None] ** 2 + at[None] ** 2) / EG3D_UNIT_MM).astype(np.float16)
 
 
+@one_blas_thread()
 def shoot(
     actor: Actor,
     views: Sequence[View],
@@ -225,6 +227,7 @@ def head_numbers(
     return on_sphere(z)[0].numpy().astype(np.float32), some_views(views, rng)
 
 
+@one_blas_thread()
 def make_part(
     job: tuple,  # seed, first head, count, views, size, path
 ) -> str:

@@ -20,6 +20,7 @@ from .person import sample_person
 from .photo import photograph
 from .scene import EXPRESSIONS, sample_photo
 from .truth import Truth, read_truth, truth_of, write_truth
+from ..lab.compiled import one_blas_thread
 from ..lab.errors import InputError, Skipped
 from ..lab.files import read_json, write_json
 from ..lab.paths import build_dir
@@ -39,6 +40,7 @@ def people_of(
     return [at // len(own) * 10 + own[at % len(own)] for at in range(first, first + count)]
 
 # %% ../../nbs/data/45_world.ipynb #make-person
+@one_blas_thread()
 def make_person(
     job: tuple,  # world seed, person, photos, size, supersample, folder or None
 ) -> tuple[int, list[Truth] | None, str]:  # person, its items (None where they are on disk), what went wrong
