@@ -11,7 +11,6 @@ __all__ = ['FORMAT', 'JSON_LIMIT', 'split_state', 'join_state', 'describe', 'fin
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import facelab
 from .errors import InputError
 from .files import file_sha256, read_json, write_json
 
@@ -121,10 +121,9 @@ def fingerprint(
 @functools.cache
 def code_fingerprint() -> str:  # 64 hexadecimal digits
     "The SHA-256 of facelab's own code, as it lies on disk at the first call."
-    (package,) = importlib.util.find_spec(__name__.partition(".")[0] if "." in __name__ else "facelab").submodule_search_locations
-    said = hashlib.sha256()
-    for path in sorted(Path(package).rglob("*.py")):
-        said.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    home, said = Path(facelab.__file__).parent, hashlib.sha256()
+    for path in sorted(home.rglob("*.py")):
+        said.update(f"{path.relative_to(home).as_posix()}\n".encode() + path.read_bytes())
     return said.hexdigest()
 
 # %% ../../nbs/lab/60_checkpoint.ipynb #flush
