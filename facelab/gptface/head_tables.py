@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNTRAINED', 'trained_methods', 'table_2', 'tag_rankings', 'table_3', 'matching_rows', 'code_masks', 'masked_codes',
-           'masked_words', 'plain_guesses', 'tag_figure', 'tokenizer_figure', 'run']
+           'masked_words', 'plain_guesses', 'tag_figure', 'tokenizer_figure', 'judged', 'run']
 
 # %% ../../nbs/gptface/72_head_tables.ipynb #imports
 from collections.abc import Sequence
@@ -34,9 +34,10 @@ from .vqgan_base import open_vqgan
 from .vqgan_training import reconstruction_rows
 from ..lab.errors import InputError, Skipped
 from ..lab.inputs import input_hash, input_path
-from ..lab.progress import Progress
+from ..lab.progress import Progress, seed_everything
 from ..lab.record import Row, bootstrap, measured
 from ..lab.run import Job, Outcome
+from ..lab.side_by_side import side_by_side
 from ..nets.vqgan import VQGAN
 
 # %% ../../nbs/gptface/72_head_tables.ipynb #methods
@@ -249,24 +250,36 @@ def tokenizer_figure(
     return fig
 
 # %% ../../nbs/gptface/72_head_tables.ipynb #run
+def judged(
+    job: Job,  # as for `run`
+    what: str,  # heads, or words
+) -> tuple[list[Row], dict[str, Int[np.ndarray, "n m"]]]:  # and the lists of Table 3
+    "Table 2; or Table 3 and the matching: a piece of `side_by_side`."
+    seed_everything(job.seed, job.threads)
+    methods = trained_methods(input_path(job.trained), open_vqgan(job.vqgan))
+    celeba = celeba_faces(job.celeba, job.size, Skipped())
+    if what == "heads":
+        shares = [tuple(float(part) for part in text.split(",")) for text in (job.celeba_shares, job.raf_shares)]
+        return table_2(methods, list(zip((celeba, raf_faces(job.raf, job.size, Skipped())), shares)), HeadTraining(steps=job.head_steps, seed=job.seed)), {}
+    face = methods["GPTFace"]
+    words = candidate_words(face.vocab)
+    ranked = tag_rankings(face, methods, celeba.test, words, min(job.tags, len(words)), job.seed)
+    named = {name: net for name, net in methods.items() if isinstance(net, PretrainedFace)}
+    return table_3(ranked, graded_marks(words, celeba.test_labels.numpy()), celeba.people) + (matching_rows(named, job.laion_test, job.size, celeba) if job.laion_test else []), ranked
+
+
 def run(
-    job: Job,  # seed, threads, data, celeba, raf, laion_test, size, vqgan, trained, celeba_shares, raf_shares, head_steps, tags
+    job: Job,  # seed, threads, workers, data, celeba, raf, laion_test, size, vqgan, trained, celeba_shares, raf_shares, head_steps, tags
 ) -> Outcome:
     "Tables 2 and 3, Figures 6 and 7."
-    skipped, how = Skipped(), HeadTraining(steps=job.head_steps, seed=job.seed)
-    methods = trained_methods(input_path(job.trained), open_vqgan(job.vqgan))
+    skipped, methods = Skipped(), trained_methods(input_path(job.trained), open_vqgan(job.vqgan))
     if "GPTFace" not in methods:
         raise InputError(job.trained, "no GPTFace in it", "the checkpoints of gptface-train", "Put gptface among its methods.")
-    face = methods["GPTFace"]
+    face, words = methods["GPTFace"], candidate_words(methods["GPTFace"].vocab)
     celeba, raf = celeba_faces(job.celeba, job.size, skipped), raf_faces(job.raf, job.size, skipped)
-    shares = tuple(tuple(float(part) for part in text.split(",")) for text in (job.celeba_shares, job.raf_shares))
-    rows = table_2(methods, [(celeba, shares[0]), (raf, shares[1])], how)
-    words = candidate_words(face.vocab)
     marks = graded_marks(words, celeba.test_labels.numpy())
-    ranked = tag_rankings(face, methods, celeba.test, words, min(job.tags, len(words)), job.seed)
-    rows += table_3(ranked, marks, celeba.people)
-    named = {name: net for name, net in methods.items() if isinstance(net, PretrainedFace)}
-    rows += matching_rows(named, job.laion_test, job.size, celeba) if job.laion_test else []
+    (rows, _), (more, ranked) = side_by_side(judged, [(job, "heads"), (job, "words")], job.workers)
+    rows = rows + more
     photos = read_celeba(input_path(job.data)).split("test")
     seen = torch.stack([scaled(item.image, job.size) for item in photos.items()])
     rows += reconstruction_rows(face.vqgan, seen, photos.identity, "VQGAN", "photos of the shipped data set")
