@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -88,8 +90,11 @@ def in_child(work):
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
     return child
 
@@ -111,7 +116,7 @@ def random_kills(top, count):
     """Kill runs at random moments, `count` times in all, each run one to four times before it may end; how many ended as the run that was never killed.
 
     Every second run loads its data in worker processes, which outlive a killed parent for a while."""
-    options = {"steps": 40}
+    options = {"steps": 28}
     truth, _ = finish(top / "truth", **options)
     began = time.monotonic()
     finish(top / "again", **options)  # the time that a run takes, imports done
@@ -198,6 +203,23 @@ def orphans(top):
     return {"found": found, "left": left}
 
 
+def held(top):
+    "A run that sleeps in step 1, a second one in the same folder, and a kill; what the second one was told, and whether it named the first."
+    folder, lock = top / "run", top / "run.lock"
+    child, until = in_child(lambda: gan(folder, callbacks=[Every(1, lambda run: time.sleep(3600))])), time.monotonic() + 60
+    try:
+        while not (lock.is_file() and lock.read_text().strip() == str(child)) and time.monotonic() < until:
+            time.sleep(0.02)
+        gan(folder)
+        said = "nothing: there were two writers"
+    except InputError as error:
+        said = str(error)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {"refused": said, "busy": ended == -signal.SIGKILL, "named": f"process {child} is writing here" in said}
+
+
 def counted(models, batch, step):  # a mean over as many things as the batch happens to have
     x, keep = batch[:, :3], batch[:, 3] > 0
     error = (models["net"](x)[:, 0] - batch[:, 3]).square()
@@ -254,6 +276,29 @@ def many(top):
     return said | {"fsdp": sharded(top)}
 
 
+def pair(top):
+    "`many` in two processes over gloo, forked from one that has imported everything."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def work(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        said = many(top)
+        if rank == 0:
+            print(json.dumps(said), flush=True)
+
+    children = {in_child(partial(work, rank)) for rank in range(2)}
+    while children:
+        child, status = os.wait()
+        children.discard(child)
+        if status:
+            for other in children:  # it would wait for the one that has gone
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"one of two processes ended with {os.waitstatus_to_exitcode(status)}")
+
+
 def sharded(top):
     "The same under FSDP 2 on the CPU, which Accelerate's launcher offers for GPUs only: its state is told so here."
     from accelerate.state import AcceleratorState, PartialState
@@ -287,16 +332,17 @@ def sharded(top):
 def main(mode, folder, *rest):
     top = Path(folder)
     top.mkdir(parents=True, exist_ok=True)
+    if mode in ("kills", "pair"):
+        torch.use_deterministic_algorithms(False)  # torch imports a compiler for this: once, before the forks
+    if mode == "pair":
+        return pair(top)
     if mode == "kills":
-        gan(None, steps=4)  # what torch imports at the first step is imported once, before the forks
+        gan(top / "first", steps=4)
     if mode == "run":
         said = {"digest": digest(result := gan(top / "run", steps=int(rest[0]))), "resumed": result.resumed}
-    elif mode == "hold":
-        said = {"digest": digest(gan(top / "run", callbacks=[Every(1, lambda run: time.sleep(3600))]))}
     else:
-        said = {"kills": lambda: {"whole": digest(gan(None)), "random": random_kills(top, int(rest[0])), "saves": kills_in_saves(top), "orphans": orphans(top) if Path("/proc/self/task").exists() else None}, "many": lambda: many(top)}[mode]()
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(said), flush=True)
+        said = {"whole": digest(gan(None)), "random": random_kills(top, int(rest[0])), "saves": kills_in_saves(top), "orphans": orphans(top) if Path("/proc/self/task").exists() else None, "held": held(top / "cut")}
+    print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":
