@@ -131,9 +131,13 @@ def test_rejection_counts_its_reasons(why):
 
 
 def test_one_process_and_four_make_the_same_bytes(tmp_path):
+    "Two processes side by side, and the parts of four, which know nothing of each other, one after another."
     generate_faces(GREY, tmp_path / "one", 1, every=1e9)
-    data = generate_faces(GREY, tmp_path / "four", 4, every=1e9)
-    assert files(tmp_path / "one") == files(tmp_path / "four") and len(data) == 22 == check_shards(tmp_path / "four")
+    data = generate_faces(GREY, tmp_path / "two", 2, every=1e9)
+    done = [write_part(GREY, str(tmp_path / "four"), rank, 4, every=1e9) for rank in (2, 0, 3, 1)]
+    assert done == [False, False, False, True]
+    for name in ("two", "four"):
+        assert files(tmp_path / "one") == files(tmp_path / name) and check_shards(tmp_path / name) == len(data) == 22
     assert set_report(data)["kept"] == 22
 
 
