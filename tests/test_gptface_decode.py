@@ -270,7 +270,7 @@ def test_the_toy_world():
 
 @pytest.fixture(scope="module")
 def toy():
-    return train_toy(ToyTraining.brief())[0]
+    return train_toy(ToyTraining.brief(steps=220))[0]
 
 
 def test_guidance_hits_what_the_text_asks_for(toy, tmp_path):
