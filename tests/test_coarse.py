@@ -1,12 +1,12 @@
 "The coarse copy of a face model: the same codes and landmarks, the same surface, nearly the same picture."
 
-import hashlib
 import os
 import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
+import coarse_digest
 import pytest
 import torch
 from fixture_files import fixture
@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from facelab.face.bfm import from_bfm2009, from_bfm2017
-from facelab.face.coarse import _coarse, coarse, fair, half_edges, removable
+from facelab.face.coarse import coarse, fair, half_edges, removable
 from facelab.face.code import FaceCode
 from facelab.face.fit import see
 from facelab.face.ict import from_ict
@@ -199,17 +199,9 @@ def test_gradients_reach_the_code():
     assert torch.isfinite(code.grad).all() and (code.grad.abs().sum(0) > 0).float().mean() > 0.9
 
 
-DIGEST = "import sys; sys.path.insert(0, 'tests'); from test_coarse import digest; print(digest())"
-
-
-def digest() -> str:
-    small = _coarse(MorphableModel.procedural(), 1600)
-    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in (small.faces, small.info["vertex_ids"], small.uv_faces, small.region_ids, small.shape_basis))).hexdigest()
-
-
 def test_same_bytes_each_time():
-    here = digest()
-    out = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, cwd=os.path.dirname(os.path.dirname(__file__)), env=os.environ | {"OMP_NUM_THREADS": "3", "PYTHONHASHSEED": "7"})
+    here = coarse_digest.digest()
+    out = subprocess.run([sys.executable, coarse_digest.__file__], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "3", "PYTHONHASHSEED": "7"})
     assert out.stdout.strip() == here
 
 

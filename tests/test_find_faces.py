@@ -154,7 +154,7 @@ def test_what_is_no_picture_is_refused(picture):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 900, 3), (900, 2, 1), (7, 7, 4), (25, 25, 3)], ids=str)
 def test_odd_pictures_give_an_answer(shape):
     picture = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
-    assert isinstance(faces_of(picture, finder=blank(), least=1.1), list)
+    assert isinstance(faces_of(picture, finder=blank(), least=1.1, smallest=0.2), list)
     assert cascade_faces(picture) == cascade_faces(picture.copy())
     for face in look_at(as_photo(picture), [FaceBox(0.0, 0.0, 3.0, 3.0, 1.0)], blank()):
         assert np.isfinite(face.landmarks_2d).all()
@@ -171,7 +171,7 @@ def test_files_of_every_kind(tmp_path):
     small = Image.fromarray(resize(pictures.astronaut(), 48))
     for name, mode in (("cmyk.jpg", "CMYK"), ("palette.png", "P")):
         small.convert(mode).save(tmp_path / name)
-        photo, faces = faces_in_file(tmp_path / name, finder=blank(), least=1.1)
+        photo, faces = faces_in_file(tmp_path / name, finder=blank(), least=1.1, smallest=0.2)
         assert photo.shape == (48, 48, 3) and faces == []
     for name, held in (("empty.png", b""), ("torn.jpg", b"\xff\xd8\xff\xe0 torn"), ("text.png", b"not a picture")):
         (tmp_path / name).write_bytes(held)
