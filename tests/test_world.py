@@ -280,8 +280,8 @@ def test_compiled_paint_is_tied_to_all_its_sources(tmp_path):
     from facelab.face.raster_kernels import hard_rows, source_stamp
 
     paint, raster = source_stamp(*SOURCES), source_stamp("face/raster*.py", "face/surface_kernels.py")
-    assert {"paint_kernel.py", "paint_skin.py", "hair_kernel.py", "head_base.py", "head_mean.py"} <= {name for name, _, _ in paint}
-    assert {"raster_kernels.py", "raster_soft.py", "surface_kernels.py"} <= {name for name, _, _ in raster}
+    assert {"paint_kernel.py", "paint_skin.py", "hair_kernel.py", "head_base.py", "head_mean.py"} <= {name for name, _ in paint}
+    assert {"raster_kernels.py", "raster_soft.py", "surface_kernels.py"} <= {name for name, _ in raster}
     for kernel, stamp in ((paint_samples, paint), (hard_rows, raster)):
         store = getattr(kernel._cache, "_cache_file", None)
         assert store is None or stamp in store._source_stamp
