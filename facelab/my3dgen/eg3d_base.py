@@ -45,7 +45,7 @@ def make(
     rows += inversion_rows(half, held_out_heads(seed + 1, invert, turned_views(turns), size), turns, "distilled", "held-out heads")[0]
     rows += inversion_rows(half, world_heads(seed + 1, range(9, 10 * invert, 10), turned_views(turns), size), turns, "distilled", "people of an embedded world")[0]
     rows += frechet_rows(half, trained_embedder("base"), 8 * count, seed + 2, "distilled")
-    what = f"{values['heads']} heads of 64 numbers drawn by the lab's simulator (seed {seed}), {values['views']} views each; the mapping learned from the words of {config.lesson_heads} heads, {size} px, on white; {values['steps']} steps of {values['batch']} heads x {config.views} views; distilled, no adversary"
+    what = f"{values['heads']} heads of 64 numbers drawn by the lab's simulator (seed {seed}), {values['views']} views each, {size} px, on white; {values['steps']} steps of {values['batch']} heads x {config.views} views; distilled, no adversary; the mapping learned from the traits of {config.lesson_heads} heads first"
     return Base(half.state_dict(), config.net.to_dict(), rows, what, f"world seed {Recipe().seed} (the shipped data set); heads and people of seeds {seed + 1} and {seed + 2}")
 
 # %% ../../nbs/my3dgen/84_eg3d_base.ipynb #open
