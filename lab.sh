@@ -49,9 +49,20 @@ setup() {
     fi
     if [ -d .git ]; then PATH="$here/.venv/bin:$PATH" .venv/bin/nbdev_install_hooks >>"$log" 2>&1 || say "git hooks were not installed (see $log)"; fi
     git_hooks
-    say "compiling the renderer's loops (a minute, once)"
+    say "compiling the loops of the renderer and of the world (a minute, once)"
     .venv/bin/python -c 'from facelab.data.world import photograph, sample_person, sample_photo
-photograph(sample_photo(sample_person(1, 0), 0), 16, 1)' >>"$log" 2>&1 || say "not compiled now, so at the first photo (see $log)"
+photograph(sample_photo(sample_person(1, 0), 0), 16, 1)' >>"$log" 2>&1 &
+    .venv/bin/python -c 'import torch
+from facelab.face.fit import see
+from facelab.face.code import FaceCode
+from facelab.face.morphable import MorphableModel
+from facelab.face.raster import rasterize
+model = MorphableModel.procedural()
+code = FaceCode.zeros(1, model.dims).pack().requires_grad_()
+see(model, FaceCode.unpack(code, model.dims), 16)[0].image.sum().backward()
+corners = torch.tensor([[[-1.0, -1, 1], [1, -1, 1], [0, 1, 1]]], requires_grad=True)
+rasterize(corners, torch.tensor([[0, 1, 2]]), 4, faces_per_pixel=2, blur_radius=0.01).dists.sum().backward()' >>"$log" 2>&1 &
+    wait || :  # what is not compiled now is at its first use
     printf '%s' "$stamp_now" > .venv/facelab-stamp
 }
 
