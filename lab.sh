@@ -116,7 +116,8 @@ smoke)  # the whole pipeline in the smoke profile, in a clone, so that nothing h
     python -m facelab.lab.smoke ;;
 test)
     setup; PATH="$here/.venv/bin:$PATH"; export PATH; quiet_kernel; fetch
-    python -m pytest -n "${FACELAB_WORKERS:-2}" --dist worksteal "$@" ;;
+    # one worker more than two cores: a tenth of the time a test waits for a process or a disk
+    python -m pytest -n "${FACELAB_WORKERS:-3}" --dist worksteal "$@" ;;
 check)
     setup; PATH="$here/.venv/bin:$PATH"; export PATH
     python -m facelab.lab.check "$@" ;;
