@@ -25,7 +25,7 @@ from ..nets.embedder import trained_embedder
 
 # %% ../../nbs/my3dgen/84_eg3d_base.ipynb #make
 def make(
-    values: dict,  # seed, threads, world_seed, heads, views, val_heads, pixels, steps, batch; and, where the defaults are not wanted, lesson_heads, lesson_steps
+    values: dict,  # seed, threads, world_seed, heads, views, val_heads, pixels, lesson_heads, lesson_steps, steps, batch
     folder: str | Path | None = None,  # where views are kept
     scratch: str | Path | None = "base-eg3d",  # of the checkpoints
 ) -> Base:
@@ -35,7 +35,7 @@ def make(
     shots = draw_shots(values["heads"], values["views"], size, seed, folder or build_dir("scratch") / "eg3d-views", threads, "views for the EG3D base")
     side = turned_views(YAWS)
     val = held_out_heads(seed + 1, count, side, size)
-    config = Distillation(steps=values["steps"], heads=values["batch"], seed=values["seed"], threads=threads, **{name: values[name] for name in ("lesson_heads", "lesson_steps") if name in values})
+    config = Distillation(steps=values["steps"], heads=values["batch"], seed=values["seed"], threads=threads, lesson_heads=values["lesson_heads"], lesson_steps=values["lesson_steps"])
     few = held_out_heads(seed + 1, min(count, 12), turned_views((0, 30, -30)), size)
     made = distill(config, shots, few, scratch)
     half = eg3d_from_base({key: value.half().float() if value.is_floating_point() else value for key, value in made.net.state_dict().items()}, config.net.to_dict())
@@ -45,7 +45,7 @@ def make(
     rows += inversion_rows(half, held_out_heads(seed + 1, invert, turned_views(turns), size), turns, "distilled", "held-out heads")[0]
     rows += inversion_rows(half, world_heads(seed + 1, range(9, 10 * invert, 10), turned_views(turns), size), turns, "distilled", "people of an embedded world")[0]
     rows += frechet_rows(half, trained_embedder("base"), 8 * count, seed + 2, "distilled")
-    what = f"{values['heads']} heads of 64 numbers drawn by the lab's simulator (seed {seed}), {values['views']} views each, {size} px, on white; {values['steps']} steps of {values['batch']} heads x {config.views} views; distilled, no adversary; the mapping learned from the traits of {config.lesson_heads} heads first"
+    what = f"{values['heads']} heads of 64 numbers drawn by the lab's simulator (seed {seed}), {values['views']} views each; the mapping learned from the words of {values['lesson_heads']} heads, {size} px, on white; {values['steps']} steps of {values['batch']} heads x {config.views} views; distilled, no adversary"
     return Base(half.state_dict(), config.net.to_dict(), rows, what, f"world seed {Recipe().seed} (the shipped data set); heads and people of seeds {seed + 1} and {seed + 2}")
 
 # %% ../../nbs/my3dgen/84_eg3d_base.ipynb #open
