@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/47_align.ipynb #flip
 FLIP68 = (*range(16, -1, -1), *range(26, 16, -1), 27, 28, 29, 30, 35, 34, 33, 32, 31, 45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40, 54, 53, 52, 51, 50, 49, 48, 59, 58, 57, 56, 55, 64, 63, 62, 61, 60, 67, 66, 65)  # iBUG points of a mirrored face
@@ -33,6 +34,7 @@ def five_points(
 ARCFACE_POINTS = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))  # px at 112, pixel centres at 0 (insightface)
 
 
+@full_precision
 def similarity(
     source: Float[Tensor, "b n 2"],  # points
     target: Float[Tensor, "#b n 2"],  # where they should be
@@ -81,6 +83,7 @@ class Crop:
         return landmarks_2d * self.scale[:, None] + self.shift[:, None]
 
 # %% ../../nbs/face/47_align.ipynb #deep3d-crop
+@full_precision
 def deep3d_crop(
     points: Float[Tensor, "b 5 2"],  # px of the photo, y down, pixel centres at .5
     photo_size: tuple[int, int],  # height, width
@@ -113,6 +116,7 @@ def deep3d_crop(
     return Crop(each.to(points), shift.to(points), size, resized, corner, torch.cat([pos[:, None], t], 1).to(points))
 
 # %% ../../nbs/face/47_align.ipynb #warp
+@full_precision
 def warp(
     image: Float[Tensor, "b c h w"],  # what to sample
     matrix: Float[Tensor, "b 2 3"],  # image pixels -> output pixels, pixel centres at .5

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/10_camera.ipynb #constants
 EG3D_UNIT_MM = 1000 / 2.7  # mm in one unit of EG3D's world: FFHQ's cameras stand 2.7 units = 10 dm away (Deep3D's distance x .27)
@@ -52,6 +53,7 @@ class Camera:
         "To a device or dtype, as a tensor's `to`."
         return replace(self, **{f.name: getattr(self, f.name).to(*where, **how) for f in fields(self)[:4]})
 
+    @full_precision
     def view(self, points: Float[Tensor, "#b n 3"]) -> Float[Tensor, "b2 n 3"]:
         "Camera coordinates (mm) of points of the head frame (mm); z is the depth. Batches of one broadcast."
         return points @ self.rotation.mT + self.translation[:, None]
@@ -92,6 +94,7 @@ def to_ndc(
     return torch.cat([(xy.new_tensor([w, h]) - 2 * xy) / min(h, w), depth[..., None]], -1)
 
 # %% ../../nbs/face/10_camera.ipynb #euler
+@full_precision
 def euler_matrix(
     angles: Float[Tensor, "b 3"],  # radians about x, y, z
     order: str = "xyz",  # "xyz": Rx Ry Rz (FOCUS and ours); "zyx": Rz Ry Rx (Deep3D)
@@ -129,6 +132,7 @@ def _rows(value, like: Tensor) -> Tensor:
 
 
 @patch_to(Camera, cls_method=True)
+@full_precision
 def scaled_orthographic(
     cls,
     code: Float[Tensor, "b 6"],  # angles x, y, z (radians); shift right, up (half widths, half heights); log of the scale
@@ -147,6 +151,7 @@ def scaled_orthographic(
 
 # %% ../../nbs/face/10_camera.ipynb #pinhole
 @patch_to(Camera, cls_method=True)
+@full_precision
 def pinhole(
     cls,
     angles: Float[Tensor, "b 3"],  # radians about x, y, z of the head
@@ -223,6 +228,7 @@ def cat(
 
 # %% ../../nbs/face/10_camera.ipynb #eg3d
 @patch
+@full_precision
 def pack(
     self: Camera,
     unit_mm: float = EG3D_UNIT_MM,  # mm in one unit of the label's world
@@ -240,6 +246,7 @@ def pack(
 
 
 @patch_to(Camera, cls_method=True)
+@full_precision
 def from_eg3d(
     cls,
     label: Float[Tensor, "b 25"],  # EG3D's numbers
@@ -259,6 +266,7 @@ def from_eg3d(
 
 # %% ../../nbs/face/10_camera.ipynb #look-at
 @patch_to(Camera, cls_method=True)
+@full_precision
 def look_at(
     cls,
     eye: Float[Tensor, "b 3"],  # mm, head frame

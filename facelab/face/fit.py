@@ -23,9 +23,11 @@ from .morphable import MorphableModel, combine
 from .objective import EQ5, Objective, face_loss, over
 from .render import Mesh, Rendering, render
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 from ..lab.progress import Progress
 
 # %% ../../nbs/face/80_fit.ipynb #pose
+@full_precision
 def pose_from_landmarks(
     points: Float[Tensor, "b l 3"],  # landmarks of the model, mm, head frame
     landmarks_2d: Float[Tensor, "b l 2"],  # the same points in the picture, pixels
@@ -81,6 +83,7 @@ def landmark_model(
     return model.landmarks(model.mean[None])[0], of(model.shape_basis), of(model.exp_basis)
 
 # %% ../../nbs/face/80_fit.ipynb #light
+@full_precision
 def light_from_photo(
     image: Float[Tensor, "b 3 h w"],  # the photo, 0..1
     albedo: Float[Tensor, "b 3 h w"],  # of the model at each pixel
@@ -184,6 +187,7 @@ class FitResult:
         return len(self.code)
 
 # %% ../../nbs/face/80_fit.ipynb #see
+@full_precision
 def see(
     model: MorphableModel,  # the face model
     code: FaceCode,  # of b faces

@@ -19,6 +19,7 @@ from torch import Tensor
 from .morphable import check_size, combine
 from ..lab.arrays import read_npz, require
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 from ..lab.unpickle import load_pickle
 
 # %% ../../nbs/face/40_flame.ipynb #flame
@@ -58,6 +59,7 @@ class Flame:
         return replace(self, **{key: tuple(map(move, x)) if isinstance(x, tuple) and key != "parents" else move(x) for key, x in parts.items()})
 
 # %% ../../nbs/face/40_flame.ipynb #rodrigues
+@full_precision
 def rodrigues(
     turn: Float[Tensor, "*b 3"],  # axis times angle, radians
 ) -> Float[Tensor, "*b 3 3"]:
@@ -70,6 +72,7 @@ def rodrigues(
     return torch.eye(3).to(turn) + angle.sin() * cross + (1 - angle.cos()) * cross @ cross
 
 # %% ../../nbs/face/40_flame.ipynb #rigid
+@full_precision
 def joint_motions(
     rotations: Float[Tensor, "b j 3 3"],  # of each joint, relative to its parent
     joints: Float[Tensor, "b j 3"],  # at rest
@@ -95,6 +98,7 @@ def full_pose(self: Flame, pose: Tensor | None, batch: int) -> Float[Tensor, "b 
 
 # %% ../../nbs/face/40_flame.ipynb #posed
 @patch
+@full_precision
 def posed(
     self: Flame,
     shape_code: Float[Tensor, "b s"] | None = None,  # in standard deviations
@@ -138,6 +142,7 @@ def deca_pose(
     return torch.cat([pose[:, :3], torch.zeros_like(pose[:, :3]), pose[:, 3:], torch.zeros_like(pose) if eye_pose is None else eye_pose], 1)
 
 # %% ../../nbs/face/40_flame.ipynb #contour-row
+@full_precision
 def contour_row(
     rotations: Float[Tensor, "b j 3 3"],  # of the joints, relative to their parents: root first, then neck
     convention: str = "deca",  # "deca" or "smplx"

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from .light import BANDS, shade
 from .raster import Fragments
 from ..lab.errors import ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/54_interpolate.ipynb #compiled
 @cache
@@ -135,6 +136,7 @@ class _Normals(torch.autograd.Function):
         return torch.from_numpy(out), None
 
 
+@full_precision
 def vertex_normals(
     verts: Float[Tensor, "b v 3"],
     faces: Int[Tensor, "f 3"],  # counter-clockwise seen from outside
@@ -184,6 +186,7 @@ class _Interpolate(torch.autograd.Function):
         return None, torch.from_numpy(to_bary), to_table if ctx.needs_input_grad[2] else None, None
 
 # %% ../../nbs/face/54_interpolate.ipynb #interpolate
+@full_precision
 def interpolate(
     fragments: Fragments,  # from `rasterize`
     attributes: Float[Tensor, "b v c"] | Float[Tensor, "b f 3 c"],  # of vertices or of corners; b may be 1
@@ -248,6 +251,7 @@ def _unit(vectors: Tensor) -> Tensor:
     return torch.where(length > 1e-20, vectors * length.clamp_min(1e-20).rsqrt(), torch.zeros_like(vectors))
 
 
+@full_precision
 def lit_pixels(
     fragments: Fragments,  # from `rasterize`; the nearest slot is lit
     normals: Float[Tensor, "b v 3"],  # of vertices; x image right, y up, z to the viewer

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .camera import Camera
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/20_light.ipynb #basis
 BANDS = (0.5 / math.sqrt(math.pi), math.sqrt(3 / (4 * math.pi)), math.sqrt(15 / (4 * math.pi)), math.sqrt(5 / (16 * math.pi)), math.sqrt(15 / (16 * math.pi)))  # .2821 .4886 1.0925 .3154 .5463
@@ -32,6 +33,7 @@ def sh_basis(
 AMBIENT = 1 / BANDS[0]  # the coefficient that gives a shading of 1 everywhere: sqrt(4 pi) = 3.545
 
 
+@full_precision
 def shade(
     normals: Float[Tensor, "#b *any 3"],  # unit; x image right, y up, z to the viewer
     sh_coeffs: Float[Tensor, "#b 3 9"],  # red, green, blue
@@ -42,6 +44,7 @@ def shade(
     return torch.einsum("b...k,bck->b...c", sh_basis(normals), sh_coeffs)
 
 
+@full_precision
 def to_viewer(
     normals: Float[Tensor, "#b *any 3"],  # unit, head frame
     camera: Camera,  # b cameras

@@ -17,6 +17,7 @@ from .align import FLIP68
 from .code import FaceCode
 from .morphable import MorphableModel
 from ..lab.errors import ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/48_mirror.ipynb #signs
 LIGHT_SIGNS = (1, 1, 1, -1, -1, 1, 1, -1, 1)  # of (0,0), (1,-1), (1,0), (1,1), (2,-2) ... (2,2)
@@ -49,6 +50,7 @@ class Mirror:
             error[name] = float((left.square().sum() / turned.square().sum().clamp(min=1e-30)).sqrt())
         return cls(parts["shape"], parts["exp"], parts["tex"], error)
 
+    @full_precision
     def code(
         self,
         code: FaceCode,  # of the model

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/30_morphable.ipynb #region-names
 REGION_NAMES = (
@@ -67,6 +68,7 @@ class MorphableModel:
     num_tex = property(lambda self: self.tex_basis.shape[2])
 
 # %% ../../nbs/face/30_morphable.ipynb #combine
+@full_precision
 def combine(
     mean: Float[Tensor, "v 3"],  # what a zero code gives
     bases: list[Float[Tensor, "v 3 _"]],  # one a code
@@ -107,6 +109,7 @@ def albedo(
 
 
 @patch
+@full_precision
 def landmarks(
     self: MorphableModel,
     verts: Float[Tensor, "b v 3"],  # mm, any frame

@@ -17,6 +17,7 @@ from .align import similarity
 from .code import FaceCode
 from .measure import PAPER_WIDTH
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/78_objective.ipynb #config
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def landmark_loss(
     return gap.square().sum((1, 2)) if reading == "literal" else gap.square().mean((1, 2))
 
 # %% ../../nbs/face/78_objective.ipynb #placed
+@full_precision
 def placed(
     found: Float[Tensor, "b l 2"],  # projected landmarks of the model, pixels
     truth: Float[Tensor, "b l 2"],  # those of the photo, pixels

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .raster_clip import clip_near
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/50_raster.ipynb #fragments
 class Fragments(NamedTuple):
@@ -283,6 +284,7 @@ def check_inputs(verts: Tensor, faces: Tensor, size: tuple[int, int], faces_per_
         raise ShapeError("size", f"{size}, {faces_per_pixel} faces a pixel", "1 or more of each", "size is (height, width) in pixels.")
 
 # %% ../../nbs/face/50_raster.ipynb #rasterize
+@full_precision
 def rasterize(
     verts_ndc: Float[Tensor, "b v 3"],  # x left, y up, the short side spans -1..1 (`Camera.to_ndc`); z depth > 0
     faces: Int[Tensor, "f 3"],  # vertex numbers, the same for the whole batch

@@ -21,6 +21,7 @@ from .interpolate import interpolate, lit_pixels, vertex_normals
 from .light import to_viewer
 from .raster import Fragments, rasterize
 from ..lab.errors import InputError, ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/60_render.ipynb #mesh
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def blur_for(
     return float(torch.tensor(1 / least - 1.0).log()) * sigma
 
 # %% ../../nbs/face/60_render.ipynb #sample-texture
+@full_precision
 def sample_texture(
     fragments: Fragments,  # from `rasterize`; nearest slot
     uv: Float[Tensor, "u 2"],  # 0..1, origin at the bottom left
@@ -146,6 +148,7 @@ def _colours(mesh: Mesh, normals: Tensor, light, seen: Fragments) -> Tensor:
     return base * light(F.normalize(interpolate(near, normals, mesh.faces)[:, :, :, 0], dim=-1)).movedim(-1, 1)
 
 # %% ../../nbs/face/60_render.ipynb #render
+@full_precision
 def render(
     mesh: Mesh,
     camera: Camera,  # b of them, or one
@@ -209,6 +212,7 @@ def fill_border(
     return picture
 
 # %% ../../nbs/face/60_render.ipynb #render-uv
+@full_precision
 def render_uv(
     attributes: Float[Tensor, "b v c"] | Float[Tensor, "b f 3 c"],  # of vertices, or of corners
     faces: Int[Tensor, "f 3"],  # vertex numbers of the mesh
@@ -227,6 +231,7 @@ def render_uv(
     return fill_border(texture, known, pad), known
 
 # %% ../../nbs/face/60_render.ipynb #unwrap
+@full_precision
 def unwrap(
     image: Float[Tensor, "b c h w"],  # what the camera saw
     mesh: Mesh,  # with uv

@@ -13,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..lab.errors import ShapeError
+from ..lab.precision import full_precision
 
 # %% ../../nbs/face/45_skin.ipynb #ycbcr
+@full_precision
 def ycbcr(
     image: Float[Tensor, "b 3 h w"],  # red, green, blue, 0..1
 ) -> Float[Tensor, "b 3 h w"]:  # Y 16..235, Cb and Cr 16..240
@@ -47,6 +49,7 @@ def _tables(mixture) -> tuple[Tensor, Tensor, Tensor]:  # log of the factors "4"
     return factor, whiten.reshape(12, 3), (whiten @ mean[:, :, None]).reshape(12)
 
 
+@full_precision
 def log_density(
     colours: Float[Tensor, "b 3 h w"],  # YCbCr
     mixture: tuple,  # SKIN or NO_SKIN
