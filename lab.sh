@@ -15,6 +15,7 @@ export SHELL=/bin/sh                       # DVC runs stages with $SHELL
 export OMP_WAIT_POLICY=PASSIVE             # a waiting thread must not burn the core that the other one needs
 export MPLBACKEND=agg TOKENIZERS_PARALLELISM=false DVC_NO_ANALYTICS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export JUPYTER_PREFER_ENV_PATH=1 IPYTHONDIR="$here/build/ipython" PYTHONNOUSERSITE=1 PYTHONUTF8=1
+export PYTHONWARNINGS="${PYTHONWARNINGS:+$PYTHONWARNINGS,}ignore:IProgress not found"   # tqdm's bar is not for logs
 
 find_python() {
     for name in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do

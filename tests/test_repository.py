@@ -16,6 +16,7 @@ import yaml
 
 from facelab.lab.check import out_of_sync
 from facelab.lab.files import read_yaml
+from facelab.lab.inputs import input_hash
 from facelab.lab.profile import PROFILES, profile_values, stages
 from facelab.lab.record import rounded
 
@@ -209,3 +210,22 @@ def test_numbers_in_the_readme_are_those_of_the_records():
         pytest.skip("results were made anew here; python -m facelab.lab.readme brings the README up to date")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert fresh_text(readme, records) == readme, "README.md is not what the records say: python -m facelab.lab.readme"
+
+
+def stale_inputs(record):
+    "Pinned data and bases that a record was not made with."
+    held = {}
+    for name, used in record["inputs"].items():
+        path = ROOT / name / "model.safetensors" if (ROOT / f"{name}/model.safetensors.dvc").is_file() else ROOT / name
+        if name.split("/")[0] in ("data", "bases") and path.exists() and (now := input_hash(path)) != used:
+            held[name] = (used, now)
+    return held
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/record.json")), ids=lambda p: p.parent.name)
+def test_record_was_made_with_the_pinned_data_and_bases(path):
+    assert stale_inputs(json.loads(path.read_text())) == {}, "run the stage again: its numbers are those of other data"
+
+
+def test_a_stale_record_is_noticed():
+    assert list(stale_inputs({"inputs": {"data/300w": "0" * 32, "bases/eg3d": "1" * 32, "build/checkpoints/x": "2"}})) == ["data/300w", "bases/eg3d"]

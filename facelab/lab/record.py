@@ -153,9 +153,10 @@ def rounded(
 # %% ../../nbs/lab/45_record.ipynb #provenance
 def package_versions(
     names=("torch", "numpy", "scipy", "numba", "accelerate"),  # distributions
+    where_used=("transformers", "peft", "deepspeed", "pytorch3d"),  # these too, if the run has imported them
 ) -> dict[str, str]:  # name -> version
     "Installed versions, without local build tags."
-    return {n: metadata.version(n).split("+")[0] for n in names}
+    return {n: metadata.version(n).split("+")[0] for n in [*names, *(n for n in where_used if n in sys.modules)]}
 
 # %% ../../nbs/lab/45_record.ipynb #cost
 def run_cost(
