@@ -49,6 +49,33 @@ def compare(verts, faces, size, **how):
     }  # fmt: skip
 
 
+def surface(seed, batch=2, shared=False, channels=5):
+    "Differences of the surface kernels from the compiled loops: values, then gradients, relative."
+    from facelab.face.interpolate import HARMONIC_FACTORS, interpolate, lit_pixels
+    from facelab.face.surface_triton import interpolate_triton, lit_triton
+
+    verts, faces = soup(seed, batch=batch)
+    seen = rasterize(verts, faces, (19, 14), faces_per_pixel=2)
+    gen, rows = torch.Generator().manual_seed(seed), 1 if shared else batch
+    draw = lambda *shape: torch.randn(*shape, generator=gen)
+    table, normals, albedo, light, bary = draw(rows, 24, channels), draw(batch, 24, 3), draw(rows, 24, 3), draw(batch, 3, 9), seen.bary
+    normals[:, :6] = 0  # no direction
+    flat, factors = seen.pix_to_face.reshape(batch, -1), torch.tensor(HARMONIC_FACTORS)
+    pairs = [
+        (lambda b, t: interpolate(seen._replace(bary=b), t, faces).reshape(batch, -1, channels), lambda b, t: interpolate_triton(flat, b.reshape(batch, -1, 3), t, faces), (bary, table)),
+        (lambda b, n, a, l: lit_pixels(seen._replace(bary=b), n, a, l, faces), lambda b, n, a, l: lit_triton(seen.pix_to_face[..., 0], b[..., 0, :], n, a, l * factors, faces), (bary, normals, albedo, light)),
+    ]
+    found = []
+    for reference, ours, given in pairs:
+        told = []
+        for call in (reference, ours):
+            leaves = [x.clone().requires_grad_() for x in given]
+            out = call(*leaves)
+            told.append([out.detach(), *torch.autograd.grad((out * torch.cos(torch.arange(out.numel())).view_as(out)).sum(), leaves)])
+        found += [float((a - b).norm() / a.norm()) for a, b in zip(*told)]
+    return {"covered": int((seen.pix_to_face >= 0).sum()), "values": [found[0], found[3]], "slopes": [*found[1:3], *found[4:]]}
+
+
 def main():
     out = {name: compare(*soup(5), (17, 18 if name in ("hard", "soft perspective") else 16), **how) for name, how in HOW.items()}  # four tiles, or two
     out["batch"] = compare(*soup(6, faces=8, batch=3), (9, 17))
@@ -59,6 +86,7 @@ def main():
     behind = verts * torch.tensor([1.0, 1, -1])
     for name, points, table in (("behind", behind, faces), ("no faces", verts, faces[:0]), ("nan", verts * torch.nan, faces), ("inf", verts * torch.inf, faces), ("aside", verts + 9, faces)):
         out[name] = compare(points, table, (5, 9))
+    out["surface"], out["surface, shared"] = surface(3), surface(8, batch=3, shared=True, channels=1)
     try:
         rasterize(verts, faces + 1, 8, backend="triton")
         out["refused"] = False
