@@ -19,8 +19,8 @@ def _unit_columns(basis) -> tuple[np.ndarray, np.ndarray]:  # (3v, k) of unit co
     return (flat / np.where(length > 0, length, 1)).astype(np.float32), (length**2).astype(np.float64)
 
 
-def write_bfm2017(model: MorphableModel, path: Path) -> Path:
-    "statismo's tree: unit columns with variances beside them, cells (3, f) from 0, landmarks as JSON bytes; the 68 ids where they are vertices."
+def write_bfm2017(model: MorphableModel, path: Path, landmarks68: bool = False) -> Path:
+    "statismo's tree: unit columns with variances beside them, cells (3, f) from 0, some landmarks by name as JSON bytes. Basel's files have no list of the 68: `landmarks68` adds one."
     v = model.num_verts
     with h5py.File(path, "w") as file:
         for part, mean, basis in (("shape", model.mean, model.shape_basis), ("expression", 0 * model.mean, model.exp_basis), ("color", model.tex_mean, model.tex_basis)):
@@ -32,6 +32,8 @@ def write_bfm2017(model: MorphableModel, path: Path) -> Path:
             at = model.landmarks(model.mean[None])[0].numpy()
             marks = json.dumps([{"id": name, "coordinates": [float(x) for x in at[index]]} for name, index in NAMED.items()])
             file["metadata/landmarks/json"] = np.frombuffer(marks.encode(), np.int8)
+            if not landmarks68:
+                return path
             nearest = [int(((model.mean.numpy() - point) ** 2).sum(1).argmin()) for point in at]
             file["metadata/landmarks68"] = np.array(nearest if isinstance(model.landmarks68, tuple) else model.landmarks68.tolist(), np.int32)
     return path

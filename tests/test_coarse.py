@@ -141,7 +141,7 @@ def test_ict(name):
 
 
 def test_bfm2017_layout(tmp_path):
-    model = from_bfm2017(write_bfm2017(MorphableModel.procedural(), tmp_path / "head.h5"))
+    model = from_bfm2017(write_bfm2017(MorphableModel.procedural(), tmp_path / "head.h5", landmarks68=True))
     small = coarse(model, 1600)
     check(model, small, 1600, 3.5)
     assert set(small.info["named"]) == set(NAMED)

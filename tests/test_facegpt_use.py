@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from importlib import resources
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -407,8 +406,6 @@ def test_models_with_more_modes_or_fewer(base):
 def test_bfm_without_the_68_points(base, tmp_path):
     "As Basel's file comes: named points only, from which the rest is carried over; without any, everything but landmarks."
     path = bfm_file(tmp_path)
-    with h5py.File(path, "r+") as file:
-        del file["metadata/landmarks68"]
     gpt = faced(base, face_model="bfm2017")
     gpt.morphable = MorphableModel.from_bfm2017(path)
     at = MorphableModel.procedural()

@@ -358,7 +358,7 @@ def whole_ict() -> MorphableModel:
 
 
 def test_ict_through_the_bfm2017_reader(ict, tmp_path):
-    path = write_bfm2017(ict, tmp_path / "ict.h5")
+    path = write_bfm2017(ict, tmp_path / "ict.h5", landmarks68=True)
     back = from_bfm2017(path, num_shape=None, num_exp=None, num_tex=None)
     code = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
     blend = torch.rand(2, 53, generator=torch.Generator().manual_seed(1))

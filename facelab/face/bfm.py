@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .morphable import MorphableModel, check_size
+from .morphable import MODELS, OWN_LANDMARKS, MorphableModel, check_size
 from ..lab.arrays import read_h5, read_mat, require
+from ..lab.assets import first_asset
 from ..lab.errors import InputError, ShapeError
 
 # %% ../../nbs/face/38_bfm.ipynb #shared
@@ -34,10 +35,13 @@ def _vertex_ids(ids, path, name: str, v: int, first: int) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def _given_landmarks(landmarks68, path, v: int) -> Tensor | None:
-    "The caller's 68 vertex ids, checked; a path is read as text, one id a line."
+def _landmarks(given, path, v: int, stored=None) -> tuple[Tensor | None, dict[str, str]]:  # vertex ids; what `info` says of them
+    "68 vertex ids, checked: the caller's, else of `landmarks68.txt` beside the model's file, else stored in it. A path is read as text."
+    own = Path(path).with_name(OWN_LANDMARKS)
+    places = ((given, "given by the caller"), (own if own.is_file() else None, f"{own.name} beside the model's file"), (stored, "stored in the model's file"))
+    landmarks68, said = next((place for place in places if place[0] is not None), (None, ""))
     if landmarks68 is None:
-        return None
+        return None, {}
     if isinstance(landmarks68, (str, Path)):
         from facelab.lab.files import read_text
 
@@ -45,7 +49,7 @@ def _given_landmarks(landmarks68, path, v: int) -> Tensor | None:
         except ValueError as error: raise InputError(landmarks68, str(error), "68 whole numbers, one a line, counted from 0", "Correct the file.") from None
     if len(landmarks68) != 68:
         raise ShapeError("landmarks68", f"{len(landmarks68)} ids", "68, in iBUG's order", "Give one vertex id a landmark.")
-    return _vertex_ids(landmarks68, path, "landmarks68", v, 0)
+    return _vertex_ids(landmarks68, path, "landmarks68", v, 0), {"landmarks68": said}
 
 # %% ../../nbs/face/38_bfm.ipynb #other-year
 def _refuse_other_year(path: str | Path, head: bytes, came: str, needed: str, reader: str):
@@ -73,30 +77,16 @@ def named_landmarks(
         raise InputError(f"{path}: metadata/landmarks/json", f"{type(error).__name__}: {error}", "a JSON list of {id, coordinates}", "Is the file damaged? Download it again.") from None
     return {name: int(((verts - place) ** 2).sum(1).argmin()) for name, place in places.items()}
 
-# %% ../../nbs/face/38_bfm.ipynb #own-file
-def _own_file(*names: str) -> Path:  # assets, the preferred one first
-    "The user's file: the first of these assets that is there. Where none is, the error is about the first."
-    from facelab.lab.assets import find_asset
-    from facelab.lab.errors import AssetError
-
-    missing = None
-    for name in names:
-        try:
-            return find_asset(name)
-        except AssetError as error:
-            missing = missing or error
-    raise missing
-
 # %% ../../nbs/face/38_bfm.ipynb #bfm2017
 def from_bfm2017(
     path: str | Path | None = None,  # model2017-1_bfm_nomouth.h5 or the cropped face12; None looks where lab.assets says
     num_shape: int | None = 80,  # modes to keep; None for all (199)  # paper 3.1
     num_exp: int | None = 64,  # None for all (100)  # paper 3.1
     num_tex: int | None = 80,  # None for all (199)  # paper 3.1
-    landmarks68: Sequence[int] | str | Path | None = None,  # vertex ids from 0, or a text file of them
+    landmarks68: Sequence[int] | str | Path | None = None,  # vertex ids from 0, or a text file of them; None takes landmarks68.txt beside the file
 ) -> MorphableModel:
     "The Basel Face Model 2017 (Gerig et al. 2018). The file stays the user's: registration, academic use."
-    path = _own_file("bfm2017", "bfm2017-face12") if path is None else path
+    path = first_asset(*MODELS["bfm2017"])[1] if path is None else path
     _refuse_other_year(path, b"MATLAB 5.0", "a MATLAB file, as BFM 2009 is", "BFM 2017's .h5", "from_bfm2009")
     tree = read_h5(path)
     spec = {f"{part}/model/{key}": axes for part, k in (("shape", "s"), ("expression", "e"), ("color", "t")) for key, axes in (("mean", ("n", float)), ("pcaBasis", ("n", k, float)), ("pcaVariance", (k, float)))}
@@ -114,15 +104,15 @@ def from_bfm2017(
     marks = tree.get("metadata", {})
     if "json" in marks.get("landmarks", {}):
         info["named"] = named_landmarks(marks["landmarks"]["json"], mean, path)
-    ids = marks.get("landmarks68") if landmarks68 is None else landmarks68
+    ids, said = _landmarks(landmarks68, path, v, marks.get("landmarks68"))
     return MorphableModel(
         "bfm2017", torch.from_numpy(mean.astype(np.float32)), basis["shape"], basis["expression"],
         torch.from_numpy(np.asarray(parts["color"]["mean"], np.float32).reshape(v, 3)), basis["color"],
-        _vertex_ids(tree["shape"]["representer"]["cells"].T, path, "cells", v, 0), landmarks68=_given_landmarks(ids, path, v), info=info,
+        _vertex_ids(tree["shape"]["representer"]["cells"].T, path, "cells", v, 0), landmarks68=ids, info=info | said,
     )  # fmt: skip
 
 # %% ../../nbs/face/38_bfm.ipynb #deep3d
-def _from_deep3d(path, recenter: bool, name: str = "bfm2009") -> MorphableModel:
+def _from_deep3d(path, recenter: bool, landmarks68=None) -> MorphableModel:
     "Deep3DFaceRecon's BFM_model_front.mat: 80 + 64 + 80 modes in decimetres and 0..255."
     arrays = read_mat(path)
     spec = {"meanshape": (1, "n", float), "idBase": ("n", "s", float), "exBase": ("n", "e", float), "meantex": (1, "n", float), "texBase": ("n", "t", float), "tri": ("f", 3, int), "keypoints": (1, 68, int)}
@@ -148,7 +138,8 @@ def _from_deep3d(path, recenter: bool, name: str = "bfm2009") -> MorphableModel:
     basis = [_basis(arrays[key], one[: arrays[key].shape[1]], None, unit, v) for key, unit in (("idBase", 100.0), ("exBase", 100.0), ("texBase", 1 / 255))]
     tex = torch.from_numpy((np.asarray(arrays["meantex"], np.float64) / 255).astype(np.float32).reshape(v, 3))
     rest = torch.from_numpy((mean - centroid * recenter).astype(np.float32))
-    return MorphableModel(name, rest, basis[0], basis[1], tex, basis[2], faces, landmarks68=_vertex_ids(arrays["keypoints"][0], path, "keypoints", v, 1), regions=regions, info=info)
+    ids, said = _landmarks(landmarks68, path, v, _vertex_ids(arrays["keypoints"][0], path, "keypoints", v, 1))
+    return MorphableModel("bfm2009", rest, basis[0], basis[1], tex, basis[2], faces, landmarks68=ids, regions=regions, info=info | said)
 
 # %% ../../nbs/face/38_bfm.ipynb #original
 def _from_original(path, num_shape: int | None, num_tex: int | None, landmarks68) -> MorphableModel:
@@ -162,10 +153,11 @@ def _from_original(path, num_shape: int | None, num_tex: int | None, landmarks68
     mean, tex = (torch.from_numpy((np.asarray(arrays[key], np.float64) * unit).astype(np.float32).reshape(v, 3)) for key, unit in (("shapeMU", 1e-3), ("texMU", 1 / 255)))
     check_size(mean, str(path))
     info = {"source": Path(path).name, "licence": "BFM 2009: academic, non-commercial; not to be passed on", "centroid": tuple(mean.mean(0).tolist())}
+    ids, said = _landmarks(landmarks68, path, v)
     return MorphableModel(
         "bfm2009", mean, _basis(arrays["shapePC"], arrays["shapeEV"][:, 0], num_shape, 1e-3, v), torch.zeros(v, 3, 0),
         tex, _basis(arrays["texPC"], arrays["texEV"][:, 0], num_tex, 1 / 255, v),
-        _vertex_ids(arrays["tl"], path, "tl", v, 1).flip(1), landmarks68=_given_landmarks(landmarks68, path, v), info=info,
+        _vertex_ids(arrays["tl"], path, "tl", v, 1).flip(1), landmarks68=ids, info=info | said,
     )  # fmt: skip
 
 # %% ../../nbs/face/38_bfm.ipynb #bfm2009
@@ -174,15 +166,15 @@ def from_bfm2009(
     recenter: bool = False,  # move the centroid of the mean to the origin, as Deep3D does; its layout only
     num_shape: int | None = 80,  # modes to keep of the original file (199); None for all
     num_tex: int | None = 80,  # likewise
-    landmarks68: Sequence[int] | str | Path | None = None,  # for the original file, which has none
+    landmarks68: Sequence[int] | str | Path | None = None,  # as for BFM 2017; Deep3D's file has its own
 ) -> MorphableModel:
     "The Basel Face Model 2009 (Paysan et al. 2009), in Deep3D's layout or the original one. The file stays the user's."
-    path = _own_file("bfm2009-front", "bfm2009") if path is None else path  # Deep3D's has expressions
+    path = first_asset(*MODELS["bfm2009"])[1] if path is None else path  # Deep3D's has expressions
     _refuse_other_year(path, b"\x89HDF", "an HDF5 file, as BFM 2017 is", "BFM 2009's .mat (MATLAB 5)", "from_bfm2017")
     try:
         read_mat(path, ["shapeEV"])
     except InputError as error:
         if "no variable" not in error.came:
             raise
-        return _from_deep3d(path, recenter)
+        return _from_deep3d(path, recenter, landmarks68)
     return _from_original(path, num_shape, num_tex, landmarks68)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'NEAR', 'ASIDE', 'ASIDE_WEIGHT', 'HIDDEN_WEIGHT', 'LEAST', 'COLOUR_MM', 'distance_forms', 'squares',
            'in_sight', 'importance', 'HalfEdges', 'half_edges', 'removable', 'fair', 'apart', 'Corners', 'vertex_forms',
-           'decimate', 'carried', 'kept_verts', 'rebuilt', 'coarse']
+           'decimate', 'kept_verts', 'rebuilt', 'coarse']
 
 # %% ../../nbs/face/46_coarse.ipynb #imports
 import functools
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
-from .morphable import REGION_NAMES, MorphableModel
+from .morphable import REGION_NAMES, MorphableModel, carried
 from .raster import rasterize
 from ..lab.errors import InputError
 
@@ -280,18 +280,6 @@ LEAST = 200  # vertices: 68 landmarks, and enough between them to be a head  # o
 COLOUR_MM = 15.0  # a step from black to white weighs as much as these mm  # ours
 
 
-def carried(
-    value,  # of `model.info`
-    ids: Int[torch.Tensor, "k"],  # chosen vertices
-    num_verts: int,
-):
-    "What `info` holds for the chosen vertices: tensors with a row a vertex are cut, all else stays."
-    if isinstance(value, dict):
-        return {key: carried(part, ids, num_verts) for key, part in value.items()}
-    cut = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == num_verts
-    return value[ids.to(value.device)] if cut else value
-
-
 def kept_verts(model: MorphableModel) -> Bool[np.ndarray, "v"]:
     "Vertices that landmarks or names point to."
     keep = np.zeros(model.num_verts, bool)
@@ -314,9 +302,7 @@ def rebuilt(
     lm = model.landmarks68
     if isinstance(lm, tuple):
         lm = torch.searchsorted(rows, lm[0]), lm[1]
-    info = carried({key: value for key, value in model.info.items() if key != "front_faces"}, ids, model.num_verts) | {"vertices_of": model.name, "vertex_ids": ids}
-    if "named" in info:
-        info["named"] = {name: int(number[int(vertex)]) for name, vertex in info["named"].items()}
+    info = carried(model.info, ids, model.num_verts) | {"vertices_of": model.name, "vertex_ids": ids}
     if "front_faces" in model.info:
         front = torch.zeros(model.num_verts, dtype=torch.bool).index_fill(0, model.info["front_faces"].flatten(), True)[ids]
         info["front_faces"] = faces[front[faces].all(1)]

@@ -49,7 +49,7 @@ class Mesh:
     def to(self, *where, **how) -> "Mesh":
         "To a device; floats also to a dtype."
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        device = torch.empty(0).to(*where, **how).device
+        device = torch.empty(0, device=self.verts.device).to(*where, **how).device
         return replace(self, **{k: v.to(*where, **how) if v.is_floating_point() else v.to(device) for k, v in moved.items() if v is not None})
 
 # %% ../../nbs/face/60_render.ipynb #coverage
