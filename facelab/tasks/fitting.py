@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.faces import Faces, nasa_portrait, w300_faces
 from ..face.fit import FitConfig, FitResult, code_camera, fit, fit_landmarks, fit_light, see
 from ..face.measure import keypoint_error, photo_error, vertex_rms
-from ..face.morphable import MODELS, MorphableModel, face_model, front
+from ..face.morphable import MODELS, MorphableModel, face_model, front, model_inputs
 from ..face.objective import EQ5, Objective
 from ..face.skin import skin_mask
 from ..lab.assets import ASSETS
@@ -25,7 +25,7 @@ from ..lab.errors import AssetError
 from ..lab.inputs import input_hash
 from ..lab.record import Row, measured
 from ..lab.run import Job, Outcome
-from ..nets.embedder import embed_faces, trained_embedder
+from ..nets.embedder import embed_faces, embedder_inputs, trained_embedder
 
 # %% ../../nbs/tasks/32_fitting.ipynb #baseline
 def placed(
@@ -36,7 +36,10 @@ def placed(
 ) -> FitResult:
     "Pose, and shape and expression as far as landmark steps go; then light by least squares. No photo term."
     size = faces.images.shape[-1]
-    code = fit_light(model, fit_landmarks(model, faces.landmarks_2d, size, config), faces.images, skin, config.focal)
+    code = fit_landmarks(model, faces.landmarks_2d, size, config)
+    parts = [slice(k, k + config.batch) for k in range(0, len(code), config.batch)]
+    light = torch.cat([fit_light(model, code[at], faces.images[at], skin[at], config.focal).light for at in parts])
+    code = replace(code, light=light)
     with torch.no_grad():
         parts = [see(model, code[k : k + 8], size, config.focal) for k in range(0, len(code), 8)]
     image, alpha = torch.cat([p.image for p, _, _ in parts]), torch.cat([p.alpha for p, _, _ in parts])
@@ -128,7 +131,7 @@ def run(
     try:
         model = face_model(job.model).to(device)
     except AssetError:
-        asset = ASSETS[MODELS[job.model]]
+        asset = ASSETS[MODELS[job.model][0]]
         return Outcome([], not_run={f"Eq. 5 ({asset.name})": f"{asset.file} is not here; what it is and where to put it: python -m facelab.lab.assets {asset.name}"})
     embedder = trained_embedder(job.embedder).to(device)
     config = FitConfig(steps=(job.steps // 2, job.steps - job.steps // 2), batch=job.batch)
@@ -137,6 +140,7 @@ def run(
         faces = replace(faces, images=faces.images.to(device), landmarks_2d=faces.landmarks_2d.to(device))
         some, found, took = compare(model, faces, config, lambda images, points: embed_faces(embedder, images, points), data)
         rows, figures[f"fig_{name}"], seconds[f"a_face_({data})"] = rows + some, fit_figure(faces, found, model, config), took
-    inputs = {job.data: input_hash(job.data)} | ({"bases/identity": input_hash("bases/identity/model.safetensors")} if job.embedder == "base" else {})
+    inputs = {job.data: input_hash(job.data)} | model_inputs(job.model) | embedder_inputs(job.embedder)
     notes = [f"model: {model.name}, {model.num_shape} + {model.num_exp} + {model.num_tex} modes; Eq. 5 normalised as FOCUS does; weights {EQ5.photo:g} photo, {EQ5.perceptual:g} perceptual, {EQ5.landmark:g} landmark, {EQ5.regulariser:g} regulariser as printed; ours {ONE_PHOTO.photo:g}, {ONE_PHOTO.perceptual:g}, {ONE_PHOTO.landmark:g}, {ONE_PHOTO.regulariser:g} (within it albedo {ONE_PHOTO.tex_weight:g}, light {ONE_PHOTO.light_weight:g})", *found.notes]
+    notes += [f"68 landmarks: {said}"] if (said := model.info.get("landmarks68")) else []
     return Outcome(rows, figures, inputs=inputs, notes=notes, device=device, seconds=seconds)

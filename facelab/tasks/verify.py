@@ -19,7 +19,7 @@ from ..lab.errors import InputError
 from ..lab.inputs import input_hash, input_path
 from ..lab.progress import progress
 from ..lab.run import Job, Outcome
-from ..nets.embedder import FaceEmbedder, PixelEmbedder, crop_faces, embed_all, trained_embedder, untrained_embedder
+from ..nets.embedder import FaceEmbedder, PixelEmbedder, crop_faces, embed_all, embedder_inputs, trained_embedder, untrained_embedder
 from .verification import Pairs, draw_pairs, pair_scores, roc_curve, verification_rows
 
 # %% ../../nbs/tasks/20_verify.ipynb #people
@@ -98,6 +98,6 @@ def run(
         name = {"identity": "identity base"}.get(embedder.name, embedder.name)
         rows += verification_rows(name, vectors[0], test.identity, vectors[1], val.identity, job.seed, job.draws)
         scores[name] = pair_scores(vectors[0], pairs)
-    inputs = {job.data: input_hash(job.data)} | ({"bases/identity": input_hash("bases/identity/model.safetensors")} if job.embedder == "base" else {})
+    inputs = {job.data: input_hash(job.data)} | embedder_inputs(job.embedder)
     notes = [f"{len(set(test.identity))} test people, {int(pairs.same.sum())} same and {int((~pairs.same).sum())} different pairs; thresholds from {len(set(val.identity))} validation people"]
     return Outcome(rows, {"fig_roc": roc_figure(scores, pairs, test)}, inputs=inputs, notes=notes, device=device)
