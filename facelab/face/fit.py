@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['pose_from_landmarks', 'code_camera', 'posed_landmarks', 'landmark_model', 'light_from_photo', 'FitConfig', 'descend',
-           'FitResult', 'see', 'fit_landmarks', 'fit_light', 'photo_stage', 'fit_batch', 'fit']
+           'FitResult', 'see', 'fit_landmarks', 'fit_light', 'photo_stage', 'fit_batch', 'fit_rows', 'fit']
 
 # %% ../../nbs/face/80_fit.ipynb #imports
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from .light import AMBIENT, sh_basis
 from .morphable import MorphableModel, combine
 from .objective import EQ5, Objective, face_loss, over
 from .render import Mesh, Rendering, render
-from ..lab.errors import InputError, ShapeError
+from ..lab.errors import InputError, ShapeError, Skipped
 from ..lab.precision import full_precision
 from ..lab.progress import Progress
 
@@ -143,7 +144,10 @@ def descend(
     def loss():
         each, terms = loss_fn(start + units * moved)
         if not torch.isfinite(each).all():
-            raise InputError("fit", f"loss not finite for faces {torch.nonzero(~torch.isfinite(each)).flatten().tolist()}", "finite photos and landmarks", "Look at these photos and their landmarks.")
+            lost = torch.nonzero(~torch.isfinite(each)).flatten().tolist()
+            error = InputError("fit", f"loss not finite for faces {lost}", "finite photos and landmarks", "Look at these photos and their landmarks.")
+            error.faces = lost
+            raise error
         if note:
             note({name: float(value.detach().mean()) for name, value in terms.items()})
         return each.sum()
@@ -182,6 +186,7 @@ class FitResult:
     losses: dict[str, Float[Tensor, "b"]]  # weighted terms of Eq. 5, and their "total", for each face
     history: list[dict] = field(default_factory=list)  # stage, step and mean terms of each iteration of each batch
     notes: list[str] = field(default_factory=list)  # what was left out of Eq. 5, and why
+    rows: list[int] = field(default_factory=list)  # which faces of the call these are, where some were left out
 
     def __len__(self):
         return len(self.code)
@@ -306,6 +311,60 @@ def fit_batch(
         total, terms = face_loss(config.objective, code, image=images, rendered=picture.image, alpha=picture.alpha, skin=skin, landmarks=(found, landmarks_2d, width), features=features)
     return FitResult(code, code_camera(code.camera, config.focal), code.sh_coeffs(), verts, found, picture.image, picture.alpha, {**terms, "total": total})
 
+# %% ../../nbs/face/80_fit.ipynb #fit-rows
+def fit_rows(
+    model: MorphableModel,  # whose dtype and device all share
+    images: Tensor | None,  # as for `fit`
+    landmarks_2d: Tensor,
+    width: int,  # of the pictures, pixels
+    skin: Tensor | None = None,
+    skipped: Skipped | None = None,  # notes faces that cannot be fitted; None: the first is an error
+) -> list[int]:
+    "Which faces can be fitted. Raises `ShapeError` for what is wrong with all of them."
+    n, like = len(landmarks_2d), model.mean
+    fixes = {"landmarks_2d": "Give floats, pixels.", "images": "Divide bytes by 255, drop an alpha channel (images[:, :3]), crop square (facelab.face.align).", "skin": "One posterior a pixel: facelab.face.skin.skin_mask(images)."}
+    for (name, fix), value, shape in zip(fixes.items(), (landmarks_2d, images, skin), ((n, 68, 2), (n, 3, width, width), (n, 1, width, width))):
+        if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != like.dtype or value.device != like.device):
+            came = f"{tuple(value.shape)}, {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(f"fit: {name}", came, f"{shape}, {like.dtype} on {like.device}, as the model", fix)
+    reasons: dict[int, str] = {}
+
+    def note(bad: Tensor, say: Callable[[int], str]):
+        for row in bad.nonzero()[:, 0].tolist():
+            reasons.setdefault(row, say(row))
+
+    span = (landmarks_2d.amax(1) - landmarks_2d.amin(1)).amin(1)
+    note(~torch.isfinite(landmarks_2d).flatten(1).all(1), lambda row: "landmarks that are not finite")
+    note((span < 0.01 * width) | (landmarks_2d.abs().amax((1, 2)) > 10 * width), lambda row: f"landmarks {float(span[row]):.3g} pixels across, or far outside")
+    for name, value, floor, top in (("pixels", images, -0.5, 2.0), ("skin", skin, -0.01, 1.01)):  # resampled photos leave 0..1 a little
+        if value is not None:
+            low, high = value.flatten(1).aminmax(dim=1)
+            note(~((low >= floor) & (high <= top)), lambda row, name=name, low=low, high=high: f"{name} from {float(low[row]):.4g} to {float(high[row]):.4g}")
+    errors = {row: InputError(f"fit: face {row}", why, "finite landmarks inside the picture, colours and skin in 0..1", "Look at this photo; divide bytes by 255.") for row, why in sorted(reasons.items())}
+    if errors and (skipped is None or len(errors) == n):
+        raise next(iter(errors.values()))
+    for row, error in errors.items():
+        skipped.add(f"face {row}", error)
+    return [row for row in range(n) if row not in errors]
+
+# %% ../../nbs/face/80_fit.ipynb #survivors
+def _survivors(fit_some, rows: list[int], skipped: Skipped | None) -> tuple:  # the result (None for no face), its rows
+    "A batch, again without the faces whose loss is not finite."
+    while rows:
+        try:
+            return fit_some(rows), rows
+        except InputError as error:
+            lost = [rows[k] for k in getattr(error, "faces", ())]
+            if not lost:
+                raise
+            error = InputError("fit", f"loss not finite for faces {lost}", error.needed, error.fix)
+            if skipped is None:
+                raise error from None
+            for row in lost:
+                skipped.add(f"face {row}", error)
+            rows = [row for row in rows if row not in lost]
+    return None, []
+
 # %% ../../nbs/face/80_fit.ipynb #fit-all
 def _cat(parts: list):
     "Batches of one kind (tensors, codes, cameras, results, dicts of them) one after another."
@@ -330,8 +389,9 @@ def fit(
     width: int | None = None,  # of the pictures, pixels; needed only without images
     skin: Float[Tensor, "n 1 h w"] | None = None,  # mask A of Eq. 2: `facelab.face.skin.skin_mask(images)`; None: every covered pixel
     embed: Callable[[Tensor, Tensor], Tensor] | None = None,  # pictures and landmarks -> features, for the perceptual term
+    skipped: Skipped | None = None,  # notes faces that cannot be fitted, which are left out; None: each is an error
     label: str = "fit",  # of the progress line
-) -> FitResult:
+) -> FitResult:  # `rows` says which faces
     "Fit a morphable model to photos by FaceGPT's Eq. 5. Raises `ShapeError` for what is not a square photo with 68 landmarks."
     if images is not None and (images.ndim != 4 or images.shape[2] != images.shape[3] or len(images) != len(landmarks_2d)):
         raise ShapeError("fit", f"images {tuple(images.shape)}, landmarks {tuple(landmarks_2d.shape)}", "(n, 3, size, size) and (n, 68, 2)", "Crop square: facelab.face.align.")
@@ -340,13 +400,22 @@ def fit(
     width = width if images is None else images.shape[-1]
     each = config.landmark_steps + (sum(config.steps) if images is not None else 0)
     rows_a_batch = config.batch if config.optimiser == "adam" else 1
-    batches = [slice(k, k + rows_a_batch) for k in range(0, len(landmarks_2d), rows_a_batch)]
-    bar, history, parts = Progress(None if config.optimiser == "lbfgs" else each * len(batches), label), [], []
-    for number, at in enumerate(batches):
-        rows: list[dict] = []
+    rows = fit_rows(model, images, landmarks_2d, width, skin, skipped)
+    batches = [rows[k : k + rows_a_batch] for k in range(0, len(rows), rows_a_batch)]
+    bar, history, parts, fitted = Progress(None if config.optimiser == "lbfgs" else each * len(batches), label), [], [], []
+
+    def fit_some(number: int, at: list[int]) -> FitResult:
+        notes: list[dict] = []
         pick = [None if x is None else x[at] for x in (images, landmarks_2d, skin)]
-        parts.append(fit_batch(model, *pick[:2], width, config, pick[2], embed, rows, bar))
-        history += [{"batch": number, **row} for row in rows]
+        part = fit_batch(model, *pick[:2], width, config, pick[2], embed, notes, bar)
+        history.extend({"batch": number, **row} for row in notes)
+        return part
+
+    for number, batch in enumerate(batches):
+        part, at = _survivors(partial(fit_some, number), batch, skipped)
+        parts, fitted = parts + [part] * (part is not None), fitted + at
+    if not parts:
+        raise InputError("fit", f"none of {len(landmarks_2d)} faces could be fitted", "one or more", skipped.report(len(landmarks_2d)))
     left_out = [] if images is None or embed or not config.objective.perceptual else ["no embedder was given: Eq. 5 without its perceptual term"]
     left_out += [] if images is not None else ["no photo: landmarks and regulariser alone"]
-    return replace(_cat([replace(part, history=[], notes=[]) for part in parts]), history=history, notes=left_out)
+    return replace(_cat([replace(part, history=[], notes=[]) for part in parts]), history=history, notes=left_out, rows=fitted)
