@@ -1,4 +1,4 @@
-"""What broke other rasterisers here: forked workers after use, several threads at once, a different number of threads, a folder that cannot be written."""
+"""What broke other rasterisers here: forked workers after use, several threads at once, a different number of threads, a folder that cannot be written; sizes and blurs as they come."""
 
 import multiprocessing
 import os
@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from facelab.face.align import warp
+from facelab.face.camera import size_pair
 from facelab.face.interpolate import lit_pixels, vertex_normals
 from facelab.face.raster import rasterize
 from facelab.face.raster_kernels import POOL, raster_numpy
+from facelab.lab.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,3 +160,18 @@ def test_no_folder_to_cache_in(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.stdout == "-36 False\n", done.stderr
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.int32, int])
+def test_a_size_is_any_whole_number(whole):
+    verts, faces = torch.tensor([[[-0.5, -0.5, 1.0], [0.5, -0.5, 1.0], [0.0, 0.5, 1.0]]]), torch.tensor([[0, 1, 2]])
+    seen = rasterize(verts, faces, whole(9))
+    assert seen.pix_to_face.shape == (1, 9, 9, 1) and torch.equal(seen.zbuf, rasterize(verts, faces, (whole(9), whole(9))).zbuf)
+    assert warp(torch.rand(1, 3, 8, 8), torch.eye(2, 3)[None], whole(4)).shape == (1, 3, 4, 4) and size_pair(whole(7)) == (7, 7)
+    assert raster_numpy(verts[0].numpy(), faces.numpy(), whole(9))[0].shape == (9, 9)
+
+
+@pytest.mark.parametrize("radius", [-1, -1e-9, float("nan"), float("inf")])
+def test_a_blur_is_a_distance(radius):
+    with pytest.raises(InputError, match="blur_radius"):
+        rasterize(torch.zeros(1, 3, 3), torch.tensor([[0, 1, 2]]), 8, blur_radius=radius)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from .camera import size_pair
 from ..lab.errors import InputError, ShapeError
 from ..lab.precision import full_precision
 
@@ -132,7 +133,7 @@ def warp(
         if fold >= 2:
             image = torch.nn.functional.avg_pool2d(image, fold, ceil_mode=True, count_include_pad=False)
             matrix = torch.cat([matrix[..., :2] * fold, matrix[..., 2:]], -1)
-    out_h, out_w = (size, size) if isinstance(size, int) else size
+    out_h, out_w = size_pair(size)
     h, w = image.shape[2:]
     y, x = torch.meshgrid(torch.arange(out_h).to(matrix) + 0.5, torch.arange(out_w).to(matrix) + 0.5, indexing="ij")
     back = torch.linalg.inv(matrix[..., :2])

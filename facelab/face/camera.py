@@ -9,6 +9,7 @@ __all__ = ['EG3D_UNIT_MM', 'EG3D_FOCAL', 'HEAD_PIVOT', 'ORTHO_SCALE', 'Camera', 
 # %% ../../nbs/face/10_camera.ipynb #imports
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 
 import torch
 from fastcore.basics import patch, patch_to
@@ -63,7 +64,7 @@ def size_pair(
     size: int | tuple[int, int],  # one number for a square, or (height, width)
 ) -> tuple[int, int]:  # height, width
     "An image size, checked."
-    h, w = (size, size) if isinstance(size, int) else size
+    h, w = (size, size) if isinstance(size, Integral) else size
     if min(h, w) < 1:
         raise ShapeError("size", f"({h}, {w})", "a height and a width of 1 pixel or more", "Give an int or (height, width).")
     return int(h), int(w)

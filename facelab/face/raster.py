@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .camera import size_pair
 from .raster_clip import clip_near
 from ..lab.errors import InputError, ShapeError
 from ..lab.precision import full_precision
@@ -299,8 +300,10 @@ def rasterize(
     backend: str = "auto",  # numba, triton, pytorch3d, warp, torch
 ) -> Fragments:
     "What each pixel sees. Differentiable in `verts_ndc` through zbuf, bary and dists (PyTorch3D's `rasterize_meshes`)."
-    height, width = (size, size) if isinstance(size, int) else (int(s) for s in size)
+    height, width = size_pair(size)
     check_inputs(verts_ndc, faces, (height, width), faces_per_pixel)
+    if not 0 <= blur_radius < np.inf:
+        raise InputError("blur_radius", str(blur_radius), "0 (hard) or a squared NDC distance", "facelab.face.render.blur_for gives it for a softness.")
     clip = blur_radius > 0 if clip_barycentric is None else clip_barycentric
     how = Settings(height, width, faces_per_pixel, float(blur_radius), perspective_correct, clip, cull_backfaces)
     behind = z_clip is not None and bool((verts_ndc[..., 2] < z_clip).any())

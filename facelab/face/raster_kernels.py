@@ -8,6 +8,8 @@ __all__ = ['EPS', 'EPS32', 'ZERO', 'ONE', 'TWO', 'OPTIONS', 'F32', 'I32', 'I64',
            'hard_distances', 'row_bands', 'check_mesh', 'raster_numpy']
 
 # %% ../../nbs/face/51_raster_kernels.ipynb #imports
+from numbers import Integral
+
 import numba
 import numpy as np
 
@@ -222,7 +224,7 @@ def raster_numpy(
     threads: int | None = None,  # None: `default_threads()`
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # ids (.., h, w) int32, z (.., h, w), weights (.., h, w, 3) float32; -1 where empty
     "Nearest face of each pixel, its depth and barycentric weights (PyTorch3D's rasteriser, one face a pixel, no blur)."
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, Integral) else size
     points = np.ascontiguousarray(verts_ndc, dtype=np.float32)
     points = points[None] if points.ndim == 2 else points
     check_mesh(points, np.asarray(faces))

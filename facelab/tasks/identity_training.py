@@ -244,6 +244,6 @@ def train_identity(
     parts = {"blocks": config.net.blocks, "widths": config.net.widths, "size": config.net.size, "embedding": config.net.embedding, "zoom": config.zoom}
     how = TrainConfig(steps, config.batch, seed=config.seed, threads=config.threads, device=config.device, log_every=max(1, steps // 100))
     calls = [Every(max(1, steps // 10), look)] if val is not None else []
-    facts = {"recipe": asdict(config), "data": [people, len(data.images), int(data.images.long().sum())]}
+    facts = {"recipe": asdict(config), "data": [people, len(data.images), int(data.images.sum(dtype=torch.int64))]}
     done = train(how, {"net": net, "head": head}, [margin_player(config, steps)], crop_source(data), scratch, calls, facts, label, progress)
     return TrainedIdentity(BaseEmbedder.from_parts(done.state_dict("net"), parts, "base"), done.curve)

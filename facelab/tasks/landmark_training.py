@@ -356,6 +356,6 @@ def train_landmarks(
     player = Player("points", loss_fn, ["net"], adam, Cosine(config.steps, round(config.warmup * config.steps)), clip=config.clip)
     how = TrainConfig(config.steps, config.batch, seed=config.seed, threads=config.threads, device=config.device, log_every=max(1, config.steps // 100))
     calls = [Every(max(1, config.steps // 8), look)] if val is not None else []
-    facts = {"recipe": asdict(config), "data": [len(photos.images), int(photos.images.long().sum()), len(photos.things), int(photos.things.long().sum())]}
+    facts = {"recipe": asdict(config), "data": [len(photos.images), int(photos.images.sum(dtype=torch.int64)), len(photos.things), int(photos.things.sum(dtype=torch.int64))]}
     done = train(how, {"net": net}, [player], crop_source(photos), scratch, calls, facts, label, progress)
     return TrainedLandmarks(BaseLandmarks.from_parts(done.state_dict("net"), fresh.config()), done.curve)
