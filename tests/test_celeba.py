@@ -6,10 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from facelab.data.attributes import ATTRIBUTES
 from facelab.data.celeba import POINTS, SPLITS, celeba_points, check_celeba, face_box, read_celeba, write_celeba
 from facelab.data.world import generate
+from facelab.lab.assets import find_asset
 from facelab.lab.errors import AssetError, InputError, Skipped, UnsafeFileError
 
 LISTS = ("list_attr_celeba", "list_landmarks_align_celeba", "list_landmarks_celeba", "list_bbox_celeba", "identity_CelebA", "list_eval_partition")
@@ -57,6 +59,20 @@ def as_csv(root):
     (root / "inner").rename(root / "img_align_celeba" / "img_align_celeba")
 
 
+def as_authors(root, png=False):
+    "Move all into the folders that CelebA's authors ship; with PNG pictures, whose lists say .jpg all the same."
+    for folder, stems in (("Anno", LISTS[:-1]), ("Eval", LISTS[-1:])):
+        (root / folder).mkdir()
+        for stem in stems:
+            (root / f"{stem}.txt").rename(root / folder / f"{stem}.txt")
+    pictures = root / "Img" / ("img_align_celeba_png" if png else "img_align_celeba")
+    pictures.parent.mkdir()
+    (root / "img_align_celeba").rename(pictures)
+    for path in pictures.glob("*.jpg") if png else ():
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+
+
 def test_the_lists_are_celebas(whole):
     first = {stem: (whole / f"{stem}.txt").read_text().splitlines() for stem in LISTS}
     assert first["list_attr_celeba"][0] == "12" and first["list_attr_celeba"][1].split() == list(ATTRIBUTES)
@@ -69,10 +85,12 @@ def test_the_lists_are_celebas(whole):
     assert sorted(p.name for p in (whole / "img_align_celeba").iterdir()) == [f"{k:06d}.jpg" for k in range(1, 13)]
 
 
-@pytest.mark.parametrize("kind", ["txt", "csv"])
+@pytest.mark.parametrize("kind", ["txt", "csv", "authors", "authors, png"])
 def test_what_went_in_comes_back(root, items, kind):
     if kind == "csv":
         as_csv(root)
+    elif kind != "txt":
+        as_authors(root, kind.endswith("png"))
     data = read_celeba(root)
     assert len(data) == 12 and data.boxes.shape == (12, 4)
     for item, back in zip(sorted(items[::-1], key=lambda i: SPLITS.index(i.split)), data.items(), strict=True):
@@ -85,6 +103,26 @@ def test_what_went_in_comes_back(root, items, kind):
         data.split("dev")
     with pytest.raises(IndexError):
         data[12]
+
+
+@pytest.mark.parametrize("png", [False, True])
+def test_the_authors_folders_are_checked_and_found_as_an_asset(root, png, monkeypatch):
+    as_authors(root, png)
+    monkeypatch.setenv("FACELAB_ASSETS", str(root.parent))
+    assert find_asset("celeba") == root
+    pictures = next((root / "Img").iterdir())
+    (pictures / f"999999.{'png' if png else 'jpg'}").write_bytes(b"x")
+    report = check_celeba(root, every=1e9)
+    assert (report.used, report.found) == (12, 12) and len(report.notes) == 1 and "pictures in no list" in report.notes[0]
+    (root / "Eval" / "list_eval_partition.txt").unlink()
+    with pytest.raises(AssetError, match="Eval/list_eval_partition.txt"):
+        find_asset("celeba")
+    edit(root / "Anno" / "list_attr_celeba.txt", lambda x: x.pop())
+    with pytest.raises(InputError, match="Anno"):
+        read_celeba(root)
+    shutil.rmtree(root / "Img")
+    with pytest.raises(AssetError, match="Img/img_align_celeba.*Unpack"):
+        read_celeba(root)
 
 
 def test_writing_twice_gives_the_same_bytes(whole, items, tmp_path):
