@@ -23,7 +23,7 @@ from facelab.lab.record import rounded
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 STAGES = list(stages(ROOT))
-BASES = sorted((ROOT / "bases").glob("*/record.json"))
+BASES = sorted(pin.with_name("record.json") for pin in (ROOT / "bases").glob("*/model.safetensors.dvc"))  # not those of a user's own data
 
 
 def tagged(path, tag="parameters"):
