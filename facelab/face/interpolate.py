@@ -32,6 +32,16 @@ def _compiled(*tensors: Tensor) -> bool:
     return _numba() and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
+@cache
+def _triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _on_gpu(*tensors: Tensor) -> bool:
+    "Whether the Triton kernels serve these tensors."
+    return all(t.is_cuda and t.dtype == torch.float32 for t in tensors) and _triton()
+
+
 def _read(tensor: Tensor) -> np.ndarray:
     "The tensor's memory as a C-contiguous array."
     return tensor.detach().contiguous().numpy()
@@ -232,6 +242,10 @@ def interpolate(
     ids, bary = fragments.pix_to_face.reshape(batch, -1), fragments.bary.reshape(batch, -1, 3)
     if _compiled(attributes, bary):
         out = _Interpolate.apply(ids, bary, attributes, faces)
+    elif _on_gpu(attributes, bary):
+        from facelab.face.surface_triton import interpolate_triton
+
+        out = interpolate_triton(ids, bary, attributes, faces)
     else:
         out = _interpolate_torch(ids, bary, attributes, faces)
     return out.view(batch, h, w, k, -1)
@@ -297,6 +311,11 @@ def lit_pixels(
     if _compiled(normals, albedo, sh_coeffs, fragments.bary):
         light = (sh_coeffs * sh_coeffs.new_tensor(HARMONIC_FACTORS)).expand(batch, 3, 9)
         return _Lit.apply(fragments.pix_to_face, fragments.bary, normals, albedo, light, faces)
+    if _on_gpu(normals, albedo, sh_coeffs, fragments.bary):
+        from facelab.face.surface_triton import lit_triton
+
+        light = (sh_coeffs * sh_coeffs.new_tensor(HARMONIC_FACTORS)).expand(batch, 3, 9)
+        return lit_triton(fragments.pix_to_face[..., 0], fragments.bary[..., 0, :], normals, albedo, light, faces)
     ids, bary = fragments.pix_to_face[..., 0].reshape(batch, -1), fragments.bary[..., 0, :].reshape(batch, -1, 3)
     both = _interpolate_torch(ids, bary, torch.cat([normals, albedo.expand(batch, -1, -1)], -1), faces)
     colour = both[..., 3:] * shade(_unit(both[..., :3]), sh_coeffs)
