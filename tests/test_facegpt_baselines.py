@@ -122,11 +122,13 @@ def test_what_a_regressor_trains(photos, model, trained):
 
 
 def test_the_same_eq5_as_facegpt(photos, model):
-    "One step, no framing: the loss is Eq. 5 of the mean face on these photos."
-    net = FaceRegressor(towered(), offset=photos.codes.pack().mean(0))
+    "One step, no framing: the loss is Eq. 5 of the mean face on these photos, and the regulariser pulls to the head's offset."
+    prior = photos.codes.pack().mean(0)
+    net = FaceRegressor(towered(), offset=prior)
     curve = train_regressor(replace(QUICK, steps=1, warmup=0), net, photos, model)
-    theta = photos.codes.pack().mean(0).expand(6, -1)
-    each, _ = render_loss(model, theta, targets_of(photos.pictures(), photos.landmarks_2d), QUICK.weights.eq5)
+    truth = targets_of(photos.pictures(), photos.landmarks_2d)
+    each, terms = render_loss(model, prior.expand(6, -1), truth, QUICK.weights.eq5, prior=prior)
+    assert not terms["regulariser"].any() and float(curve["regressor/regulariser"].iloc[0]) == 0.0
     assert abs(float(curve["regressor/face"].iloc[0]) - float(each.mean())) < 1e-4
     assert abs(float(curve["regressor/loss"].iloc[0]) - QUICK.weights.face * float(each.mean())) < 1e-4
 

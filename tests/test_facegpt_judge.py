@@ -67,7 +67,7 @@ def test_published_prompt_to_the_letter(tmp_path):
     judge = Listening()
     review_bench(judge, *bench_files(tmp_path))
     want = (
-        "[Context]\nTwo cases.\nOld cases.\n\nsuitcase: [0.1, 0.25, 0.504, 1.0]\n\n[BenchQuestion]\nWhat colour are the cases?\n\n[Assistant 1]\nreference 0\n\n[End of Assistant 1]\n\n"
+        "[Context]\nTwo cases.\nOld cases.\n\nsuitcase: [0.1, 0.25, 0.504, 1.0]\n\n[Question]\nWhat colour are the cases?\n\n[Assistant 1]\nreference 0\n\n[End of Assistant 1]\n\n"
         f"[Assistant 2]\nanswer 0\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
     )
     assert judge.seen[0].user == want

@@ -50,6 +50,20 @@ def test_mirrored_set(drawn):
     assert set(ABOUT_THE_PICTURE) <= set(KINDS)
 
 
+def test_photos_of_other_splits_are_not_trained_on(drawn, tmp_path):
+    import shutil
+
+    shutil.copytree(drawn[0] / "faces", tmp_path / "faces")
+    (tmp_path / "faces" / "list_eval_partition.txt").unlink()
+    mapping = tmp_path / "faces" / "CelebA-HQ-to-CelebA-mapping.txt"
+    head, *rows = mapping.read_text().splitlines()
+    originals = (1, 2, 162771, 182637, 182638, 202599)  # CelebA's own bounds: two of train, two of val, two of test
+    mapping.write_text("\n".join([head, *(f"{k} {n - 1} {n:06d}.jpg" for k, n in enumerate(originals))]) + "\n")
+    photos, _ = training_set(tmp_path / "faces", drawn[0] / "talks.json", 64, mirror=False)
+    assert photos.names == ["CelebA-HQ-img/0.jpg", "CelebA-HQ-img/1.jpg"]
+    assert photos_to_judge(str(tmp_path / "faces"), "test", 64).names == ["CelebA-HQ-img/4.jpg", "CelebA-HQ-img/5.jpg"]
+
+
 def test_photos_without_landmarks_are_counted(drawn, tmp_path):
     import shutil
 

@@ -156,7 +156,7 @@ def regressor_loss(
         ids, images, points, camera = batch_photos(photos, rows, recipe.how, generator, None if codes is None else codes[:, -6:])
         theta = models["regressor"](images)
         labels = None if codes is None else torch.cat([codes[ids.cpu(), :-6].to(theta), camera], 1)
-        face, terms = face_term(face_model, theta.float(), targets_of(images, points, embed, labels, recipe.weights.loss == "pixels"), recipe.weights, embed, recipe.focal)
+        face, terms = face_term(face_model, theta.float(), targets_of(images, points, embed, labels, recipe.weights.loss == "pixels"), recipe.weights, embed, recipe.focal, models["regressor"].head.offset)
         return {"loss": recipe.weights.face * face, "face": face, **terms}
 
     return loss_fn

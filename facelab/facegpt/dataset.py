@@ -256,8 +256,8 @@ def training_set(
     instruct: tuple[str, str, int] | None = None,  # LLaVA's instruction file, the folder of its pictures, how many rows
     skipped: Skipped | None = None,  # notes what is left out; None: the first bad item raises
 ) -> tuple[FacePhotos, list[Talk]]:
-    "What FaceGPT is trained on."
-    photos = hq_photos(faces, size, landmarks=landmarks, skipped=skipped)
+    "What FaceGPT is trained on: the split train, and nothing of the others."
+    photos = hq_photos(faces, size, "train", landmarks=landmarks, skipped=skipped)
     read = list(read_instructions(input_path(talks), skipped=skipped))
     if mirror:
         photos, read = both_ways(photos, read)

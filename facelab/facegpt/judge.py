@@ -153,7 +153,7 @@ def judge_prompt(
 ) -> tuple[str, str]:  # system and user message
     "The published prompt (LLaVA; the paper's section 4.5)."
     first, second = (candidate, reference) if swapped else (reference, candidate)
-    told = [f"[Context]\n{context}", f"[BenchQuestion]\n{question}"]
+    told = [f"[Context]\n{context}", f"[Question]\n{question}"]
     told += [f"[Assistant {k}]\n{text}\n\n[End of Assistant {k}]" for k, text in ((1, first), (2, second))]
     return JUDGE_SYSTEM, "\n\n".join([*told, f"[System]\n{rule}", ""])
 
