@@ -189,16 +189,18 @@ def read_attributes(
 def find_points(
     root: Path,
     name: str,  # of the picture, below the root
+    folder: Path | None = None,  # of landmarks that lie elsewhere
 ) -> Path | None:
     "The landmarks of a picture: `landmarks/00007.pts`, `landmarks/train/male/00007.pts`, next to it, or `landmarks/7.pts`."
-    stem, marks = Path(name).with_suffix(".pts"), root / "landmarks"
-    return next((p for p in (marks / stem.name, marks / stem, root / stem, marks / f"{number_of(name)}.pts") if p.is_file()), None)
+    stem, marks = Path(name).with_suffix(".pts"), folder or root / "landmarks"
+    return next((p for p in (marks / stem.name, marks / stem, (folder or root) / stem, marks / f"{number_of(name)}.pts") if p.is_file()), None)
 
 # %% ../../nbs/data/80_celeba_hq.ipynb #read
 def read_celeba_hq(
     root: str | Path,  # the folder, or the one above CelebAMask-HQ
     celeba: str | Path | None = None,  # a folder with CelebA's list_eval_partition, where it is not beside the pictures
     skipped: Skipped | None = None,  # notes wrong rows and pictures that a list lacks, which are left out; None: each is an error
+    landmarks: str | Path | None = None,  # a folder of .pts files; None: those beside the pictures
 ) -> CelebAHQ:
     "Open CelebA-HQ, or what `write_celeba_hq` wrote. Raises `AssetError` where it is not there, `InputError` where a list is wrong."
     root = Path(root)
@@ -215,7 +217,7 @@ def read_celeba_hq(
     attributes, there = read_attributes(root, numbers, skipped)
     poses = read_pose(root)
     pose = None if poses is None else np.array([poses.get(number, (np.nan,) * 3) for number in numbers], np.float32)
-    data = CelebAHQ(root, names, attributes, pose, partition, originals, [find_points(root, name) for name in names])
+    data = CelebAHQ(root, names, attributes, pose, partition, originals, [find_points(root, name, None if landmarks is None else Path(landmarks)) for name in names])
     return data if there.all() else data.keep(there)
 
 # %% ../../nbs/data/80_celeba_hq.ipynb #write

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..face.code import PAPER_DIMS, FaceCode, split_code
 from ..face.morphable import MorphableModel
 from .batches import tensor_pixels
-from .model import FaceHead, check_state
+from .model import FaceHead, check_face_model, check_state, first_process, gathered
 from .objective import Embed, face_term, targets_of
 from .photos import FacePhotos
 from .talker import evaluating
@@ -85,11 +85,12 @@ class FaceRegressor(nn.Module):
         trained: bool = False,  # fine-tune a copy of the tower; False: frozen, as in Table 4
         pooling: str | None = None,  # sum, flat or mean; None: as the tower needs
         face_model: str = "procedural",  # name of the morphable model, kept in the files
+        focal: float | None = None,  # image widths, of the camera that theta is for; None: orthographic; kept in the files
     ):
         super().__init__()
         own = llava.model.model.vision_tower
-        self.llava, self.trained, self.face_model, self.base_marks = llava, trained, face_model, marks(Llava(own, llava.processor))
-        self.tower = copy.deepcopy(own).requires_grad_(True) if trained else own.requires_grad_(False)
+        self.llava, self.trained, self.face_model, self.focal, self.base_marks = llava, trained, face_model, focal, marks(Llava(own, llava.processor))
+        self.tower = copy.deepcopy(own).float().requires_grad_(True) if trained else own.requires_grad_(False)
         with torch.no_grad():
             features = self.features(pixels(llava, [np.zeros((32, 32, 3), np.uint8)]))
         self.pooling = pooling or pooling_of(llava, *features.shape[1:])
@@ -131,11 +132,11 @@ def predict(
     batch: int = 128,  # photos at a time
 ) -> Float[Tensor, "n k"]:  # on the CPU
     "theta of each photo."
-    images = photos.pictures() if isinstance(photos, FacePhotos) else photos
+    images, most = (photos.images, 255) if isinstance(photos, FacePhotos) else (photos, 1)
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ShapeError("pictures", f"{tuple(images.shape)}", "(n, 3, size, size), 0..1", "Crop square: facelab.face.align.")
     with evaluating(self):
-        parts = [self(part.to(self.device)).float().cpu() for part in images.split(batch)]
+        parts = [self(part.to(self.device).float() / most).float().cpu() for part in images.split(batch)]
     return torch.cat(parts)
 
 
@@ -186,7 +187,7 @@ def train_regressor(
                       log_every=max(1, recipe.steps // 50), keep_frozen=False)  # fmt: skip
     source = Items.numbers(len(photos))
     calls = [Every(max(1, recipe.steps // 8), look)] if look else []
-    facts = {"recipe": asdict(recipe), "photos": int(photos.images.long().sum()), "perceptual": embed is not None, "trained": regressor.trained, "pooling": regressor.pooling, "model": face_model.name}
+    facts = {"recipe": asdict(recipe), "photos": int(photos.images.sum(dtype=torch.int64)), "perceptual": embed is not None, "trained": regressor.trained, "pooling": regressor.pooling, "model": face_model.name}
     done = train(how, {"regressor": regressor.train()}, [player], source, scratch, calls, facts, label)
     regressor.eval()
     return done.curve
@@ -196,14 +197,16 @@ def save(
     self: FaceRegressor,
     folder: str | Path,  # is made; other files in it stay
 ):
-    "Write weights and card; a frozen tower is named, not copied."
+    "Write weights and card; a frozen tower is named, not copied. Every process of a run has to call it."
     folder = Path(folder)
+    state = gathered({name: value for name, value in self.state_dict(keep_vars=True).items() if self.trained or not name.startswith("tower.")})
+    if not first_process():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value for name, value in self.state_dict().items() if self.trained or not name.startswith("tower.")}
     write_safetensors(folder / "regressor.safetensors", state)
     own = self.llava.folder
     base = {"folder": os.path.relpath(own, folder) if own else None, "marks": self.base_marks}
-    said = {"format": 1, "face_model": self.face_model, "dims": list(self.dims), "trained": self.trained, "pooling": self.pooling, "base": base}
+    said = {"format": 1, "face_model": self.face_model, "focal": self.focal, "dims": list(self.dims), "trained": self.trained, "pooling": self.pooling, "base": base}
     write_json(folder / "regressor.json", said | {"sha256": file_sha256(folder / "regressor.safetensors")})
 
 
@@ -217,7 +220,7 @@ def read_card(
     path = folder / "regressor.json"
     if not path.is_file():
         raise InputError(folder, "no regressor.json", "a folder of FaceRegressor.save", "Give the folder that a training wrote.")
-    said, kinds = read_json(path), {"format": int, "face_model": str, "dims": list, "trained": bool, "pooling": str, "base": dict, "sha256": str}
+    said, kinds = read_json(path), {"format": int, "face_model": str, "focal": int | float | None, "dims": list, "trained": bool, "pooling": str, "base": dict, "sha256": str}
     if not isinstance(said, dict) or any(not isinstance(said.get(name), kind) for name, kind in kinds.items()) or said["format"] != 1:
         raise InputError(path, f"{str(said)[:100]}", f"format 1 and the entries {', '.join(kinds)}", "Save the network again.")
     if len(said["dims"]) != 3 or not all(isinstance(n, int) and n >= 0 for n in said["dims"]):
@@ -230,17 +233,19 @@ def load(
     base: Llava | str | Path | None = None,  # a LLaVA or its folder; None: where regressor.json says
     dims: tuple[int, int, int] | None = None,  # of the morphable model that it is to be used with; None: any
     device: str | torch.device = "cpu",
+    face_model: str | None = None,  # name of that morphable model; None: any
 ) -> FaceRegressor:
     "Read a regressor. Raises `InputError` where its parts do not belong together. Also `FaceRegressor.load`."
     folder = Path(folder)
     said = read_card(folder)
+    check_face_model(folder, said["face_model"], face_model)
     if dims is not None and tuple(dims) != tuple(said["dims"]):
         raise InputError(folder, f"a head for dims {tuple(said['dims'])} ({said['face_model']})", f"{tuple(dims)}", "Use the morphable model that it was trained with.")
     where = said["base"].get("folder")
     if base is None and (where is None or not (folder / where).is_dir()):
         raise InputError(folder, f"its base at {where} is not there", "the LLaVA that it was trained on", "Give it: FaceRegressor.load(folder, base=...).")
     llava = base if isinstance(base, Llava) else load_llava(base if base is not None else folder / where, device=device)
-    net = FaceRegressor(llava, tuple(said["dims"]), None, said["trained"], said["pooling"], said["face_model"])
+    net = FaceRegressor(llava, tuple(said["dims"]), None, said["trained"], said["pooling"], said["face_model"], said.get("focal"))
     theirs, ours = said["base"].get("marks") or [], net.base_marks
     if len(theirs) != len(ours) or not torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-2, atol=1e-6):
         raise InputError(folder, f"a base with another tower ({llava.folder or 'the one given'})", "the LLaVA that it was trained on", "Give that one as base=.")

@@ -21,7 +21,7 @@ from .judge import Judge, RecordedJudge, bench_rows, read_answers, read_contexts
 from .judge_models import EndpointJudge, LocalJudge
 from .learn import VARIANTS
 from .llava_training import PLAIN
-from .photos import FacePhotos
+from .photos import FacePhotos, square_padded
 from .prompt import VICUNA_V1, Asked, ask
 from .schema_judge import VISIBLE, BenchAnswer, attribute_rows, distinct_rows, face_bench, face_iff_asked, fact_rows, judge_answers, schema_table, shuffled_rows
 from .talk import make_talks
@@ -154,7 +154,7 @@ def published_rows(
     questions, answers = read_questions(folder / "qa90_questions.jsonl"), {}
     progress = Progress(len(questions), f"{method} on LLaVA-Bench")
     for q in questions:
-        picture = talker.vision(talker.pixels([read_image(folder / "images" / q.image)]))
+        picture = talker.vision(talker.pixels([square_padded(read_image(folder / "images" / q.image))]))
         answers[q.question_id] = talker.generate([Asked(turns_of(q.text), q.image)], picture, 512)[0].text
         progress.step()
     rules = read_rules(folder / "rule.json") if (folder / "rule.json").is_file() else None

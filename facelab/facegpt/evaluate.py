@@ -95,12 +95,13 @@ def clay(
     code: FaceCode,
     size: int,  # pixels
     yaw: float = 0.0,  # radians that the head is turned further
+    focal: float | None = None,  # image widths; None: orthographic
 ) -> Float[Tensor, "n 3 s s"]:  # over white
     "Faces without colour, seen from the front or the side."
     plain = replace(code, tex=torch.zeros_like(code.tex), light=torch.zeros_like(code.light))
     plain = replace(plain, camera=torch.cat([code.camera[:, :1], code.camera[:, 1:2] + yaw, code.camera[:, 2:]], 1))
     with torch.no_grad():
-        seen = see(model, plain, size)[0]
+        seen = see(model, plain, size, focal)[0]
     return ((0.25 + 0.65 * seen.normals[:, 2:].clamp(min=0)) * seen.alpha + 1 - seen.alpha).expand(-1, 3, -1, -1)
 
 
@@ -111,15 +112,16 @@ def methods_figure(
     rows: list[int],  # which photos
     titles: list[str] | None = None,  # beside each row, such as the text that was given
     shape_of: str | None = None,  # method whose shape is shown in clay as well
+    focal: float | None = None,  # image widths; None: orthographic
 ) -> plt.Figure:
     "Photos beside the faces that methods give for them."
     chosen, size = torch.tensor(rows), 128
     columns = {"photo": photos.pictures(chosen)}
     for name, theta in methods.items():
-        views = view_faces(model, theta[chosen], size)
+        views = view_faces(model, theta[chosen], size, focal)
         columns[name] = views.images * views.alpha + 1 - views.alpha
         if name == shape_of:
-            columns["its shape"] = clay(model, views.code, size)
+            columns["its shape"] = clay(model, views.code, size, focal=focal)
     fig, axes = plt.subplots(len(rows), len(columns), figsize=(1.3 * len(columns), 1.35 * len(rows)), squeeze=False, layout="constrained")
     for column, (name, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(name, fontsize=8)

@@ -24,6 +24,7 @@ from ..data.find_faces import FaceBox, crop_face, move_points
 from ..face.camera import Camera
 from ..face.code import FaceCode
 from ..face.export import Surface, export_face, srgb_from_linear
+from ..face.fit import code_camera
 from ..face.light import shade
 from ..face.morphable import MorphableModel
 from ..face.objective import EQ5, Objective, over
@@ -46,6 +47,12 @@ class Face3D:
     back: Float[np.ndarray, "2 3"] | None = None  # pixels of the cut -> pixels of the photo
     side: int = 224  # of the cut, pixels
     found_2d: Float[np.ndarray, "68 2"] | None = None  # of the face finder, pixels of the photo
+    focal: float | None = None  # image widths; None: the paper's orthographic camera
+
+    @property
+    def camera(self) -> Camera:
+        "The camera of the cut."
+        return code_camera(self.code.camera, self.focal)
 
     @property
     def verts(self) -> Float[Tensor, "v 3"]:  # mm, head frame: x image right, y up, z to the viewer
@@ -73,7 +80,7 @@ class Face3D:
         "Where the mesh's points lie."
         if self.landmarks is None:
             return None
-        points = self.code.cam().project(self.landmarks[None], self.side)[0][0].double().numpy()
+        points = self.camera.project(self.landmarks[None], self.side)[0][0].double().numpy()
         return points if self.back is None else move_points(points, self.back)
 
     def words(self) -> dict[str, str]:
@@ -116,7 +123,7 @@ def picture(
     background: float = 0.9,  # grey, 0..1
 ) -> UInt8[np.ndarray, "s s 3"]:
     "The rendered face (FaceGPT Eq. 2b)."
-    camera = self.code.cam() if turn is None else turned_camera(self.verts, *turn)
+    camera = self.camera if turn is None else turned_camera(self.verts, *turn)
     return to_bytes(render(lit_mesh(self), camera, self.code.sh_coeffs(), size, background=background).image[0])
 
 
@@ -130,13 +137,13 @@ def photo_camera(
     "The camera of the whole photo that shows the face where the cut's camera showed it."
     if face.back is None:
         raise InputError("face", "no photo", "a face that was read from a photo", "A face from text has views: face.picture(turn=(0.5, 0)).")
-    back, flat = torch.from_numpy(np.asarray(face.back)).to(face.code.camera), face.code.cam()
+    back, flat = torch.from_numpy(np.asarray(face.back)).to(face.code.camera), face.camera
     scale = back[:, :2].det().abs().sqrt()
     turn = torch.eye(3).to(back)
     turn[:2, :2] = back[:, :2] / scale
     whole = back.new_tensor([size[1], size[0]])
     middle = back[:, :2] @ (face.side * flat.centre[0]) + back[:, 2]
-    return Camera(turn @ flat.rotation, flat.translation @ turn.T, flat.focal[:, :1] * face.side * scale / whole, (middle / whole)[None], orthographic=True)
+    return Camera(turn @ flat.rotation, flat.translation @ turn.T, flat.focal[:, :1] * face.side * scale / whole, (middle / whole)[None], flat.orthographic)
 
 # %% ../../nbs/facegpt/54_keep.ipynb #overlay
 AWAY = ("ear", "neck", "scalp")  # parts of names of regions that a photo's hair and collar hide
@@ -163,7 +170,7 @@ def overlay(
     mirror = torch.tensor([1.0, -1.0, -1.0])
     for face in faces:
         camera = photo_camera(face, photo.shape[:2])  # in parts of the picture: any size
-        turn = mirror[:, None] * (camera.rotation[0] @ face.code.cam().rotation[0].T) * mirror
+        turn = mirror[:, None] * (camera.rotation[0] @ face.camera.rotation[0].T) * mirror
         mesh, light = lit_mesh(face, None if whole else shown_faces(face.model)), face.code.sh_coeffs()
         seen = render(mesh, camera, lambda normals: shade(normals @ turn, light), size, cull_backfaces=not whole)
         image = over(seen.image.clamp(0, 1), strength * seen.alpha, image)
@@ -183,7 +190,7 @@ def refined(
     if cut.landmarks_2d is not None:
         inside = (cut.landmarks_2d - cut.back[:, 2]) @ np.linalg.inv(cut.back[:, :2]).T
         points = torch.from_numpy(inside)[None].float()
-    theta = refine(face.model, face.code.pack(), image, steps, objective, points, embed)
+    theta = refine(face.model, face.code.pack(), image, steps, objective, points, embed, face.focal)
     return replace(face, code=FaceCode.unpack(theta, face.model.dims))
 
 # %% ../../nbs/facegpt/54_keep.ipynb #turntable
@@ -324,7 +331,7 @@ def numbers(face: Face3D) -> dict[str, Any]:
     units = UNITS | ({"exp": said} if (said := face.model.info.get("exp_code")) else {})
     box = None if face.box is None else dict(zip(face.box._fields, row(face.box), strict=True))
     return {
-        "model": face.model.name, "dims": list(face.model.dims), "code": code, "units": units, "words": words, "box": box, "cut_to_photo": row(face.back), "cut_side": face.side,
+        "model": face.model.name, "dims": list(face.model.dims), "code": code, "focal": face.focal, "units": units, "words": words, "box": box, "cut_to_photo": row(face.back), "cut_side": face.side,
         "landmarks_2d": row(face.landmarks_2d), "found_landmarks_2d": row(face.found_2d), "exp_names": list(face.model.info.get("exp_names", ())),
     }  # fmt: skip
 

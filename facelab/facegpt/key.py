@@ -32,7 +32,7 @@ from .photos import FacePhotos
 from .prompt import TalkLike, Tokens
 from .refine import refine
 from .talker import Talker, evaluating, positions
-from .train import TrainRecipe, batch_photos
+from .train import TrainRecipe, batch_photos, recomputed
 from .vlm import Llava, quiet
 from .wordings import fill
 from ..lab.batches import seed_of
@@ -219,8 +219,9 @@ def train_key(
     how = TrainConfig(recipe.steps, recipe.batch, recipe.accumulate, clip=recipe.clip, precision=recipe.precision, seed=recipe.seed, threads=recipe.threads, device=recipe.device,
                       log_every=max(1, recipe.steps // 50), keep_frozen=False)  # fmt: skip
     calls = [Every(max(1, recipe.steps // 8), look)] if look else []
-    facts = {"recipe": asdict(recipe), "photos": int(photos.images.long().sum()), "talks": int(sum(int(row.input_ids.sum()) for row in talks.rows))}
-    done = train(how, {"talker": talker}, [player], talk_source(talks), scratch, calls, facts, label)
+    facts = {"recipe": asdict(recipe), "photos": int(photos.images.sum(dtype=torch.int64)), "talks": int(sum(int(row.input_ids.sum()) for row in talks.rows))}
+    with recomputed(talker, recipe.gradient_checkpointing):
+        done = train(how, {"talker": talker}, [player], talk_source(talks), scratch, calls, facts, label)
     talker.eval()
     return done.curve
 

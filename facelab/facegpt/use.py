@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUEST_WORDS', 'fitted_model', 'told_faces', 'faced_answers', 'input_side', 'look', 'several', 'reconstruct',
-           'as_request', 'imagine', 'turns_of', 'chat', 'arguments', 'keep_files', 'picture_files', 'converse', 'main']
+           'as_request', 'imagine', 'turns_of', 'shown', 'chat', 'arguments', 'keep_files', 'picture_files', 'converse',
+           'main']
 
 # %% ../../nbs/facegpt/50_use.ipynb #imports
 import argparse
@@ -23,10 +24,10 @@ from torch import Tensor
 from ..data.instruct import Turn
 from ..face.morphable import MorphableModel, face_model
 from ..face.objective import EQ5, Objective
-from ..face.transfer import with_landmarks
+from ..face.transfer import transfer_landmarks
 from .keep import ENDINGS, ChatAnswer, Face3D, Imagined, Reconstruction, Result, refined
 from .model import ANSWER, FaceGPT
-from .picture import Cut, Finder, picture_name, take_faces
+from .picture import CROPS, Cut, Finder, Taken, as_picture, picture_name, take_faces
 from .prompt import Asked, ask
 from .talker import Answer
 from .vlm import Llava
@@ -42,10 +43,11 @@ def fitted_model(
     "A face model as a head speaks of it. Raises `InputError` where it has too few modes."
     if any(has < needs for has, needs in zip(model.dims, dims, strict=True)):
         raise InputError(f"face model {model.name}", f"dims {model.dims} (shape, exp, tex)", f"{dims}, which this FaceGPT speaks of", "Use the face model that it was trained with.")
-    try:
-        model = with_landmarks(model)
-    except InputError:  # too few names, or all in one plane
-        pass
+    if model.landmarks68 is None and model.info.get("named"):
+        try:
+            model = transfer_landmarks(MorphableModel.procedural(), model)
+        except InputError:  # too few names, or all in one plane
+            pass
     return model if model.dims == tuple(dims) else model.keep_modes(*dims)
 
 
@@ -75,7 +77,7 @@ def told_faces(
             notes.append(f"face {k + 1} was left out: its numbers are no face (log of the scale {float(row[-1]):.3g})")
             continue
         place = {} if cut is None else {"box": cut.box, "back": cut.back, "side": cut.image.shape[0], "found_2d": cut.landmarks_2d}
-        faces.append(Face3D(self.morphable, self.decode(row[None]), **place))
+        faces.append(Face3D(self.morphable, self.decode(row[None]), focal=self.focal, **place))
     return faces, notes
 
 
@@ -135,7 +137,7 @@ def several(images: Any) -> list:
 def reconstruct(
     self: FaceGPT,
     images: Any,  # pictures, or one: paths, bytes, Pillow images, uint8 arrays
-    crop: str = "auto",  # "none": the middle of each picture as it is, for photos that were cropped before
+    crop: str = "auto",  # "none": the middle of each picture as it is, for photos that were cropped before; "whole": all of it
     request: str = REQUESTS[0],  # paper 4.1
     refine_steps: int = 0,  # down Eq. 5, from the prediction
     *,
@@ -148,8 +150,8 @@ def reconstruct(
 ) -> list[Reconstruction]:  # one a picture
     "Photos to faces (FaceGPT 4.1's image request). Raises `InputError` for a request that cannot be asked."
     self.encoder.encode(ask(request, "picture"), ANSWER)
-    if refine_steps < 0:
-        raise InputError("refine_steps", str(refine_steps), "0 or more", "0 keeps the prediction.")
+    if refine_steps < 0 or batch < 1:
+        raise InputError("reconstruct", f"refine_steps {refine_steps}, batch {batch}", "0 or more steps, 1 or more faces at a time", "0 steps keep the prediction.")
     images, side = several(images), input_side(self.llava)
     taken = [take_faces(source, side, crop, every, finder) for source in images]
     cuts = [cut for one in taken for cut in one.cuts]
@@ -172,7 +174,10 @@ def reconstruct(
 FaceGPT.reconstruct = reconstruct
 
 # %% ../../nbs/facegpt/50_use.ipynb #imagine
-REQUEST_WORDS = re.compile(r"\b(3-?\s?d|3dmm|parameters?|mesh|reconstruct\w*)\b", re.IGNORECASE)
+REQUEST_WORDS = re.compile(r"""
+    \b 3-?\s?d ( mm | [\s-]+ (morphable|model|face|head|mesh|shape|parameters?|reconstruction|person|people) )
+  | \b in \s 3-?\s?d \b | \b (mesh|parameters) \s (of|for) \b | \b reconstruct (ion)? \s (the|this|a|both|my|of) \b
+""", re.IGNORECASE | re.VERBOSE)  # ours: somebody who asks, not somebody in 3D glasses
 
 
 def as_request(text: str) -> str:
@@ -193,6 +198,8 @@ def imagine(
     batch: int = 32,  # texts at a time
 ) -> list[Imagined]:  # `count` a text, one after another
     "Texts to faces (FaceGPT 4.1's text request). Raises `InputError` for a text that is empty or too long."
+    if not isinstance(texts, str | list | tuple):
+        raise InputError("texts", type(texts).__name__, "a text or a list of texts", "Describe somebody, such as: a broad smile, the face turned to the left.")
     if count < 1 or count > 1 and temperature <= 0:
         raise InputError("imagine", f"count {count} at temperature {temperature:g}", "one face a text, or a temperature above 0", "Without a temperature all answers to a text are the same: temperature=1.0.")
     asked = [as_request(text) for text in ([texts] if isinstance(texts, str) else texts)]
@@ -219,6 +226,8 @@ def turns_of(
     if isinstance(messages, str):
         return (Turn("user", messages),)
     needed, fix = '{"role": "user" or "assistant", "content": text}', "A picture is given as image=, a system sentence belongs to the model."
+    if not isinstance(messages, list | tuple):
+        raise InputError("messages", type(messages).__name__, f"a question, or a list of {needed}", fix)
     turns = []
     for k, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ("user", "assistant") or not isinstance(message.get("content"), str):
@@ -227,11 +236,33 @@ def turns_of(
     return tuple(turns)
 
 # %% ../../nbs/facegpt/50_use.ipynb #chat-answer
+def shown(
+    self: FaceGPT,
+    image: Any,  # a picture in any form
+    crop: str,  # as for `take_faces`
+    finder: Finder | None,
+) -> Taken:  # one cut
+    "What a conversation shows of a picture. Raises `InputError` for what is no picture."
+    side = input_side(self.llava)
+    taken = take_faces(image, side, crop, False, finder)
+    if not taken.cuts:
+        other = take_faces(image, side, "whole" if self.pictures == "pad" else "none")
+        if not other.cuts:
+            raise InputError("image", other.notes[0], "a picture that can be read", "Copy or download it again.")
+        return other._replace(notes=[f"the {'whole' if self.pictures == 'pad' else 'middle of the'} picture is shown: " + taken.notes[0].split(";")[0]])
+    h, w = as_picture(image).shape[:2]
+    share = taken.cuts[0].box.width ** 2 / (h * w)
+    return taken._replace(notes=[*taken.notes, f"the face alone is shown, {100 * share:.0f} % of the picture; crop='whole' shows all of it"]) if crop == "auto" and share < 0.5 else taken
+
+
+FaceGPT.shown = shown
+
+
 def chat(
     self: FaceGPT,
     messages: str | Sequence[dict],  # a question, or [{"role": ..., "content": ...}, ...] with a question at the end
     image: Any = None,  # a picture in any form; None: no picture
-    crop: str = "auto",  # "none": the middle of the picture as it is
+    crop: str = "auto",  # "none": the middle of the picture as it is; "whole": all of it
     *,
     finder: Finder | None = None,  # photo -> faces; None: the lab's own
     temperature: float = 0.0,  # 0: always the most likely word
@@ -241,18 +272,14 @@ def chat(
     "The next answer of a conversation, and the faces in it (FaceGPT Eq. 1 and 2a)."
     talk = Asked(turns_of(messages), None if image is None else "picture")
     self.encoder.encode(talk)
-    cut, notes, features = None, [], None
-    if image is not None:
-        side = input_side(self.llava)
-        taken = take_faces(image, side, crop, False, finder)
-        if not taken.cuts:
-            taken, first = take_faces(image, side, "none"), taken
-            if not taken.cuts:
-                raise InputError("image", taken.notes[0], "a picture that can be read", "Copy or download it again.")
-            taken = taken._replace(notes=["the middle of the picture is shown: " + first.notes[0].split(";")[0]])
-        cut, notes, features = taken.cuts[0], taken.notes, self.look(taken.cuts)
-    (answer,) = self.generate([talk], features, max_new_tokens, temperature, seed)
-    faces, odd = self.told_faces(answer.thetas, cut)
+    said = lambda taken: self.generate([talk], self.look(taken.cuts) if taken.cuts else None, max_new_tokens, temperature, seed)[0]
+    first = "whole" if crop == "auto" and self.pictures == "pad" else crop
+    taken = Taken([], []) if image is None else self.shown(image, first, finder)
+    answer = said(taken)
+    if taken.cuts and first != crop and len(answer.thetas):  # it was asked for a face: faces are said of cuts
+        taken = self.shown(image, crop, finder)
+        answer = said(taken)
+    notes, (faces, odd) = taken.notes, self.told_faces(answer.thetas, taken.cuts[0] if taken.cuts else None)
     cut_off = [] if answer.finished else ["the answer was cut off: its end did not come within max_new_tokens"]
     return ChatAnswer(answer.text, faces, notes + cut_off + odd, talk.turns[-1].text, image, "answer")
 
@@ -272,7 +299,7 @@ def arguments() -> argparse.ArgumentParser:
         sub.add_argument("--out", default=None if task == "chat" else "faces", help="folder for the files")
         sub.add_argument("--files", default="glb,png,json", help=f"endings, of {', '.join(e[1:] for e in ENDINGS)}")
         if task != "imagine":
-            sub.add_argument("--crop", default="auto", choices=("auto", "none"), help="none: the middle of the picture as it is")
+            sub.add_argument("--crop", default="auto", choices=CROPS, help="none: the middle of the picture as it is; whole: all of it, padded to a square")
         if task != "reconstruct":
             sub.add_argument("--temperature", type=float, default=0.0)
             sub.add_argument("--seed", type=int, default=0)

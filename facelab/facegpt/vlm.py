@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACE', 'LORA_TARGETS', 'LORA', 'quiet', 'select_features', 'Llava', 'tower_features', 'pixels', 'read_processor',
-           'read_model', 'load_llava', 'check_vocabulary', 'word_pieces', 'random_llava', 'add_face_token',
-           'LoraSettings', 'with_lora', 'paper_llava', 'marks']
+           'read_model', 'usable_device', 'load_llava', 'check_vocabulary', 'word_pieces', 'random_llava',
+           'add_face_token', 'LoraSettings', 'with_lora', 'paper_llava', 'marks']
 
 # %% ../../nbs/facegpt/10_vlm.ipynb #imports
 import warnings
@@ -145,13 +145,29 @@ def read_model(
     return model.eval()
 
 # %% ../../nbs/facegpt/10_vlm.ipynb #load-llava
+def usable_device(
+    device: str | torch.device,  # cpu, cuda or mps
+) -> torch.device:
+    "A device of this machine. Raises `InputError` for one that is not there."
+    fix = "Take cpu, or a torch build for your driver."
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError("device", repr(device), "cpu, cuda (perhaps with a number) or mps", "Correct the name.") from None
+    if found.type == "cuda" and not (found.index or 0) < (count := torch.cuda.device_count()):
+        raise InputError("device", f"{str(found)!r}, and torch sees {count or 'no'} GPU{'s' * (count != 1)}", "a GPU that is there", fix)
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device", "'mps', which torch does not have here", "Apple's GPU", fix)
+    return found
+
+
 def load_llava(
     folder: str | Path,  # of `save_pretrained`: config, safetensors, tokenizer, processor
     dtype: torch.dtype = torch.float32,  # of the weights in memory
     device: str | torch.device = "cpu",
 ) -> Llava:
     "Read a LLaVA folder. Raises `InputError` where it is not one, or its parts do not fit each other."
-    folder = Path(folder)
+    folder, device = Path(folder), usable_device(device)
     if not (folder / "config.json").is_file():
         raise InputError(folder, "no config.json" if folder.is_dir() else "no such folder", "a folder of LlavaForConditionalGeneration", "Give the path of a downloaded folder; names of the hub are not looked up.")
     config = read_json(folder / "config.json")
@@ -281,7 +297,10 @@ def with_lora(
                         target_modules=rf".*\.language_model\.layers\.\d+\.{LORA_TARGETS[settings.targets]}", trainable_token_indices=rows)  # fmt: skip
     try:
         with quiet():
-            return get_peft_model(llava.model, config)
+            model = get_peft_model(llava.model, config)
+        for weight in model.parameters():
+            weight.data = weight.data.float() if weight.requires_grad else weight.data  # a step of 2e-5 is nothing to bf16
+        return model
     except ValueError as error:
         raise InputError("language model", f"no layer with the names of LoRA ({str(error)[:80]})", "a language model with Llama's names", "Llama, Vicuna, Mistral and Qwen have them.") from None
 

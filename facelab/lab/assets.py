@@ -123,6 +123,10 @@ _add(
         "", {"config.json": ("model_type", "llava"), "model.safetensors.index.json|model.safetensors": (), "tokenizer.json|tokenizer.model": ()}, unsure="licence: from memory",
     ),
     Asset(
+        "llava-1.5-13b", "LLaVA-1.5 13B in Hugging Face form, which describes photos", ("facegpt",), "Llama 2 Community License (base model Vicuna 1.5): confirm on the page", "https://huggingface.co/llava-hf/llava-1.5-13b-hf",
+        "", {"config.json": ("model_type", "llava"), "model.safetensors.index.json|model.safetensors": (), "tokenizer.json|tokenizer.model": ()}, unsure="licence: from memory",
+    ),
+    Asset(
         "clip-vit-l14-336", "CLIP ViT-L/14 at 336 pixels in Hugging Face form", ("facegpt", "gptface"), "no licence in the model card (the code is MIT): confirm on the page", "https://huggingface.co/openai/clip-vit-large-patch14-336",
         "", {"config.json": ("model_type", "clip"), "model.safetensors|pytorch_model.bin": ()}, unsure="licence: from memory",
     ),
