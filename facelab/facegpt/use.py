@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data.instruct import Turn
 from ..face.morphable import MorphableModel, face_model
 from ..face.objective import EQ5, Objective
-from ..face.transfer import transfer_landmarks
+from ..face.transfer import with_landmarks
 from .keep import ENDINGS, ChatAnswer, Face3D, Imagined, Reconstruction, Result, refined
 from .model import ANSWER, FaceGPT
 from .picture import CROPS, Cut, Finder, Taken, as_picture, picture_name, take_faces
@@ -43,11 +43,10 @@ def fitted_model(
     "A face model as a head speaks of it. Raises `InputError` where it has too few modes."
     if any(has < needs for has, needs in zip(model.dims, dims, strict=True)):
         raise InputError(f"face model {model.name}", f"dims {model.dims} (shape, exp, tex)", f"{dims}, which this FaceGPT speaks of", "Use the face model that it was trained with.")
-    if model.landmarks68 is None and model.info.get("named"):
-        try:
-            model = transfer_landmarks(MorphableModel.procedural(), model)
-        except InputError:  # too few names, or all in one plane
-            pass
+    try:
+        model = with_landmarks(model)
+    except InputError:  # too few names, or all in one plane
+        pass
     return model if model.dims == tuple(dims) else model.keep_modes(*dims)
 
 
