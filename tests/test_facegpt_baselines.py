@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from facelab.data.instruct import Talk, Turn
 from facelab.face.coarse import coarse
 from facelab.face.code import FaceCode
 from facelab.face.fit import FitConfig, see
@@ -23,13 +24,14 @@ from facelab.facegpt.baselines import FaceRegressor, constant_codes, train_regre
 from facelab.facegpt.batches import talk_set, tensor_pixels
 from facelab.facegpt.key import NUMBERS, add_number_words, cells, fit_points, free_answers, key_loss, key_talks, moved, number_words, parse_points, train_key, write_points, written
 from facelab.facegpt.llava_training import Sizes, built
+from facelab.facegpt.model import FaceGPT
 from facelab.facegpt.objective import Weights, render_loss, targets_of
 from facelab.facegpt.photos import FacePhotos
 from facelab.facegpt.prompt import Prompt, ask
 from facelab.facegpt.refine import Kept, own_landmarks, refine
 from facelab.facegpt.talker import Talker
 from facelab.facegpt.tower_training import Jitter
-from facelab.facegpt.train import MINI
+from facelab.facegpt.train import MINI, train_facegpt
 from facelab.facegpt.vlm import FACE, LoraSettings, add_face_token, load_llava, random_llava, with_lora, word_pieces
 from facelab.lab.errors import InputError, ShapeError
 from facelab.nets.tower import TowerConfig
@@ -306,6 +308,42 @@ def test_key_with_digits(photos, clip):
     questions, fallback = [ask(talk) for talk in key_talks(photos, 0, 2, 0.0)], photos.landmarks_2d.mean(0)
     said = write_points(talker, questions, talker.vision(tensor_pixels(clip, photos.pictures([0, 1]))), 64, fallback)
     assert said.malformed == 2 and all(torch.equal(points, fallback) for points in said.points)
+
+
+def test_words_alone_and_layers_computed_twice(photos, model, clip, tmp_path):
+    "A micro-batch without a picture or a face goes through; gradient checkpointing changes no number."
+    words = Talk("w", None, (Turn("user", "Is it?"), Turn("assistant", "No.")), "general")
+    asked = Talk("f", photos.names[0], (Turn("user", "Can you give the face of this person."), Turn("assistant", f"Sure, it is {FACE}.")), "image_to_face", None, (photos.names[0],))
+    curves = []
+    for twice in (False, True):
+        torch.manual_seed(0)
+        gpt = FaceGPT(load_llava(tmp_path / "clip"), model.dims, Prompt(system=""), LoraSettings(4, 8))
+        rows = talk_set(gpt.encoder, [words, asked, words, words], photos)
+        how = replace(QUICK, steps=4, batch=1, accumulate=4, gradient_checkpointing=twice)
+        calls = []
+        hook = gpt.core.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        curves.append(train_facegpt(how, gpt, photos, rows, model))
+        hook.remove()
+        curves[-1].attrs["calls"] = len(calls)
+        assert not getattr(gpt.core.language_model, "gradient_checkpointing", False)
+    one, two = curves
+    assert one["facegpt/face"].iloc[0] > 0 and {"facegpt/photo", "facegpt/landmark"} <= set(one.columns)
+    assert torch.allclose(torch.tensor(one["facegpt/loss"].values), torch.tensor(two["facegpt/loss"].values), rtol=1e-5)
+    assert two.attrs["calls"] > 1.5 * one.attrs["calls"]
+    talker = Talker(load_llava(tmp_path / "clip"), Prompt(system=""), LoraSettings(words=number_words(clip))) if number_words(clip) else None
+    assert talker is None or train_key(replace(QUICK, steps=1, batch=1), talker, photos, talk_set(talker.encoder, [words], photos)) is not None
+
+
+def test_prediction_is_the_same_in_pieces(photos, clip):
+    net = FaceRegressor(clip)
+    assert torch.allclose(net.predict(photos, 2), net.predict(photos.pictures()), atol=1e-6)
+
+
+def test_a_regressor_of_another_model_or_camera(clip, tmp_path):
+    FaceRegressor(clip, face_model="ict", focal=4.53).save(tmp_path / "net")
+    assert FaceRegressor.load(tmp_path / "net", face_model="ict").focal == 4.53
+    with pytest.raises(InputError, match="'ict'; needed 'bfm2017'"):
+        FaceRegressor.load(tmp_path / "net", face_model="bfm2017")
 
 
 def test_talks_of_key(photos):

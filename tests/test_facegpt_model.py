@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from facelab.data.instruct import Talk, Turn
+from facelab.facegpt.base import own_device
 from facelab.facegpt.model import ANSWER, FaceGPT, FaceHead, from_pretrained
 from facelab.facegpt.prompt import VICUNA, Encoder, Prompt, ask, collate
 from facelab.facegpt.talker import Talker
@@ -411,6 +413,85 @@ def test_save_and_load(base, photos, tmp_path, settings):
     again.save_pretrained(tmp_path / "run")
     assert before == {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
     assert str(tmp_path) not in (tmp_path / "run" / "facegpt.json").read_text() + (tmp_path / "run" / "adapter_config.json").read_text()
+
+
+def spread(module, monkeypatch):
+    "Take the weights apart as ZeRO 3 does: what a parameter holds comes back only where it is gathered."
+    held = {}
+    for weight in module.parameters():
+        if weight.requires_grad:
+            held[id(weight)], weight.ds_id = weight.data, len(held)
+            weight.data = torch.empty(0)
+
+    class Gathered:
+        def __init__(self, weights):
+            self.weights = weights
+
+        def __enter__(self):
+            for weight in self.weights:
+                weight.data = held[id(weight)]
+
+        def __exit__(self, *error):
+            for weight in self.weights:
+                weight.data = torch.empty(0)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=Gathered)))
+
+
+def test_a_sharded_model_is_saved_whole_and_once(base, tmp_path, monkeypatch):
+    gpt = stirred(faced(base))
+    gpt.save_pretrained(tmp_path / "whole")
+    spread(gpt, monkeypatch)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    gpt.save_pretrained(tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()  # another process writes
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    gpt.save_pretrained(tmp_path / "parts")
+    files = lambda name: {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()}
+    assert files("parts") == files("whole")
+
+
+def test_the_card_names_model_and_camera(base, tmp_path):
+    faced(base, face_model="ict", focal=4.53, pictures="pad").save_pretrained(tmp_path / "run")
+    again = FaceGPT.from_pretrained(tmp_path / "run", face_model="ict")
+    assert (again.face_model, again.focal, again.pictures) == ("ict", 4.53, "pad")
+    with pytest.raises(InputError, match="morphable model 'ict'; needed 'bfm2017'"):
+        FaceGPT.from_pretrained(tmp_path / "run", face_model="bfm2017")
+    said = json.loads((tmp_path / "run" / "facegpt.json").read_text())
+    (tmp_path / "run" / "facegpt.json").write_text(json.dumps({k: v for k, v in said.items() if k not in ("focal", "pictures")}))
+    old = FaceGPT.from_pretrained(tmp_path / "run")  # a card without them
+    assert (old.focal, old.pictures) == (None, "faces")
+    for wrong in ({"focal": -1.0}, {"pictures": "some"}):
+        (tmp_path / "run" / "facegpt.json").write_text(json.dumps(said | wrong))
+        with pytest.raises(InputError, match="image widths"):
+            FaceGPT.from_pretrained(tmp_path / "run")
+
+
+def test_adapters_of_a_half_precision_base_are_whole(base):
+    gpt = FaceGPT(load_llava(base, torch.bfloat16), dims=(4, 3, 2), prompt=SHORT)
+    assert {weight.dtype for weight in gpt.parameters() if weight.requires_grad} == {torch.float32} and gpt.llava.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 3.5])
+def test_devices_that_are_not_there(base, tmp_path, device):
+    faced(base).save_pretrained(tmp_path / "run")
+    with pytest.raises(InputError, match="device"):
+        FaceGPT.from_pretrained(tmp_path / "run", device=device)
+
+
+def test_cuda_without_a_gpu(base, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="no GPU"):
+        load_llava(base, device="cuda")
+
+
+def test_every_process_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert own_device("cuda") == "cuda:5" and own_device("cpu") == "cpu" and own_device("cuda:2") == "cuda:2"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert own_device("cuda") == "cuda"
 
 
 def test_a_folder_can_move_with_its_base(base, tmp_path):

@@ -331,6 +331,51 @@ def test_chat(gpt):
     assert "middle of the picture" in nobody.notes[0] and nobody.text is not None
 
 
+def test_chat_shows_what_the_model_learned_from(base, monkeypatch):
+    "One of faces sees the face and says so; one of whole pictures sees all of it, and the cut where it is asked for a face."
+    wide, finder = np.pad(portrait(), ((0, 0), (0, 500), (0, 0))), knows(found(marked()))
+    for pictures, sides in (("faces", [1]), ("pad", [0])):
+        gpt, seen = taught(base, pictures=pictures), []
+        look = gpt.look
+        monkeypatch.setattr(gpt, "look", lambda cuts, look=look, seen=seen: seen.append(cuts[0]) or look(cuts))
+        answer = gpt.chat("What colour is the hair?", image=wide, finder=finder)
+        assert [cut.landmarks_2d is not None for cut in seen] == [bool(side) for side in sides]
+        assert (pictures == "faces") == any("the face alone is shown" in note for note in answer.notes)
+        del seen[:]
+        monkeypatch.setattr(gpt, "generate", lambda *how, real=gpt.generate: [replace(said, text=ANSWER, thetas=torch.zeros(1, 257)) for said in real(*how)])
+        answer = gpt.chat(REQUESTS[0], image=wide, finder=finder)
+        assert [cut.landmarks_2d is not None for cut in seen] == ([True] if pictures == "faces" else [False, True])
+        assert len(answer.faces) == 1 and answer.box.width < 400  # said of the cut
+    whole = gpt.chat("What colour is the hair?", image=wide, crop="whole")
+    assert whole.box is None or whole.box.width == 1012
+    cut = take_faces(wide, 32, crop="whole").cuts[0]
+    assert cut.box[:4] == (0.0, -250.0, 1012.0, 1012.0) and (cut.image[:7] == (122, 116, 104)).all() and (cut.image[-7:] == (122, 116, 104)).all()
+
+
+@pytest.mark.parametrize("call", [lambda g: g.reconstruct(np.zeros((9, 9, 3), np.uint8), crop="none", batch=0), lambda g: g.imagine(None), lambda g: g.imagine(5), lambda g: g.imagine([None]), lambda g: g.chat(5), lambda g: g.chat(None), lambda g: g.chat({"role": "user", "content": "x"}), lambda g: g.reconstruct(portrait(), crop="best")])
+def test_calls_that_are_none(gpt, call):
+    with pytest.raises(InputError):
+        call(gpt)
+
+
+@pytest.mark.parametrize("text", ["A man wearing 3D glasses", "a mesh hat and a broad smile", "a reconstructed nose", "skin like a 3D printed mask"])
+def test_descriptions_with_words_of_requests(text):
+    assert as_request(text) == TEXT_REQUESTS[0].format(description=text)
+
+
+def test_a_pinhole_face_lies_where_its_camera_says(base):
+    "FOCUS's camera in the card: landmarks, overlay, files and refinement use it."
+    gpt = taught(base, focal=4.53)
+    said = gpt.reconstruct(portrait(), finder=knows(found(marked())))[0]
+    face, flat = said.face, replace(said.face, focal=None)
+    assert face.focal == 4.53 and np.abs(face.landmarks_2d - flat.landmarks_2d).max() > 0.5
+    there, _ = photo_camera(face, portrait().shape[:2]).project(face.landmarks[None], portrait().shape[:2])
+    assert np.allclose(there[0].numpy(), face.landmarks_2d, atol=1e-2)
+    assert np.abs(face.picture(64).astype(int) - flat.picture(64).astype(int)).mean() > 0.01
+    better = gpt.reconstruct(portrait(), finder=knows(found(marked())), refine_steps=3)[0].face
+    assert better.focal == 4.53 and not torch.equal(better.code.pack(), face.code.pack())
+
+
 @pytest.mark.parametrize("messages", [[], [{"role": "system", "content": "x"}], [{"role": "user"}], ["x"], [{"role": "user", "content": ["x"]}], [{"role": "assistant", "content": "x"}], [{"role": "user", "content": "x"}] * 2, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]])
 def test_conversations_that_are_none(gpt, messages):
     with pytest.raises(InputError):
@@ -545,6 +590,11 @@ def test_command_talks(run, photo_file, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert "context length" in shown.err and "Sure, it is <FACE>." in shown.out and (tmp_path / "out" / "answer.json").is_file()
     assert main(["chat", str(run), "What is this?", "--image", str(tmp_path / "none.png")]) == 2
+
+
+def test_command_on_a_device_that_is_not_there(run, tmp_path, capsys):
+    assert main(["imagine", str(run), WISH, "--device", "cuda:99", "--out", str(tmp_path)]) == 2
+    assert "device" in capsys.readouterr().err
 
 
 def test_command_as_a_program(run, tmp_path):

@@ -67,7 +67,7 @@ def face_scores(
     truth = model.verts(photos.codes.shape, photos.codes.exp)
     return found | {
         "keypoint error, true camera": (keypoint_error(there, photos.landmarks_2d, photos.size).px, "px at 224"),
-        "vertex RMS": (vertex_rms(views.verts, truth, ids=front(model)), "mm"),
+        "vertex RMS": (vertex_rms(views.verts, truth, ids=front(model) if model.regions else None), "mm"),
         "expression L2": ((views.code.exp - photos.codes.exp).norm(dim=1), "sd"),
         "shape L2": ((views.code.shape - photos.codes.shape).norm(dim=1), "sd"),
     }

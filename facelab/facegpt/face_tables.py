@@ -86,8 +86,8 @@ def error_ratios(
     rows = []
     for name in metrics:
         if name in ours and name in theirs:
-            value, low, high = pooled_ratio(*(side[name][0].double().cpu().numpy() for side in (ours, theirs)), photos.people, seed=seed)
-            rows.append(Row(method, f"{name}, ratio", value, low, high, n=len(photos), better="lower", **more))
+            found = pooled_ratio(*(side[name][0].double().cpu().numpy() for side in (ours, theirs)), photos.people, seed=seed)
+            rows += [Row(method, f"{name}, ratio", *found, n=len(photos), better="lower", **more)] if found else []  # none: theirs has no error
     return rows
 
 # %% ../../nbs/facegpt/88_face_tables.ipynb #methods

@@ -221,7 +221,7 @@ def train_key(
     calls = [Every(max(1, recipe.steps // 8), look)] if look else []
     facts = {"recipe": asdict(recipe), "photos": int(photos.images.sum(dtype=torch.int64)), "talks": int(sum(int(row.input_ids.sum()) for row in talks.rows))}
     with recomputed(talker, recipe.gradient_checkpointing):
-        done = train(how, {"talker": talker}, [player], talk_source(talks), scratch, calls, facts, label)
+        done = train(how, {"talker": talker.train()}, [player], talk_source(talks), scratch, calls, facts, label)
     talker.eval()
     return done.curve
 

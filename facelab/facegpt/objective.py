@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'MINI', 'Embed', 'UNITS', 'Weights', 'text_loss', 'Targets', 'targets_of', 'render_loss', 'code_units',
-           'parameter_loss', 'face_term']
+           'parameter_loss', 'term_names', 'face_term']
 
 # %% ../../nbs/facegpt/20_objective.ipynb #imports
 from collections.abc import Callable
@@ -124,6 +124,16 @@ def parameter_loss(
     return ((theta - codes) / units.to(theta)).abs().mean(1)
 
 # %% ../../nbs/facegpt/20_objective.ipynb #face-term
+def term_names(
+    weights: Weights,
+    perceptual: bool,  # is there an embedder?
+) -> list[str]:
+    "The terms that `face_term` gives, for a batch that has no face."
+    eq5 = weights.eq5
+    used = {"photo": eq5.photo, "perceptual": eq5.perceptual and perceptual, "landmark": eq5.landmark, "placed": eq5.placed, "posed": eq5.posed, "regulariser": eq5.regulariser}
+    return [] if weights.loss == "params" else [name for name, weight in used.items() if weight]
+
+
 def face_term(
     model: MorphableModel,
     theta: Float[Tensor, "b k"],  # predicted

@@ -20,11 +20,11 @@ from ..face.morphable import MorphableModel
 from .batches import TalkSet, talk_source, tensor_pixels
 from .model import FaceGPT
 from .objective import MINI as MINI_WEIGHTS
-from .objective import Embed, Weights, face_term, targets_of
+from .objective import Embed, Weights, face_term, targets_of, term_names
 from .photos import FacePhotos
 from .talker import Talker
 from .tower_training import Jitter, jitter
-from .vlm import LoraSettings
+from .vlm import LoraSettings, quiet
 from ..lab.batches import seed_of
 from ..lab.errors import InputError
 from ..lab.schedule import WarmupDecay
@@ -71,7 +71,9 @@ def batch_photos(
     if photos.landmarks_2d is None:
         raise InputError("photos", "no landmarks", "68 points for each photo that a face answers for", "Find them: facelab.data.find_faces.")
     camera = torch.zeros(len(ids), 6) if cameras is None else cameras[ids.cpu()]
-    images, points, camera = jitter(photos.pictures(ids.cpu()), photos.landmarks_2d[ids.cpu()], camera, how, generator)
+    images, points = photos.pictures(ids.cpu()), photos.landmarks_2d[ids.cpu()]
+    if len(ids):  # a process's few rows may all be words
+        images, points, camera = jitter(images, points, camera, how, generator)
     return ids, images.to(wanted.device), points.to(wanted.device), camera.to(wanted.device)
 
 # %% ../../nbs/facegpt/40_train.ipynb #facegpt-loss
@@ -101,7 +103,7 @@ def facegpt_loss(
             targets.append(group.targets)
         text, theta, judged = torch.cat(words).mean(), torch.cat(thetas), torch.cat(targets)
         if not len(theta):
-            return {"loss": weights.text * text, "text": text}
+            return {"loss": weights.text * text, "text": text, **dict.fromkeys(["face", *term_names(weights, embed is not None)], torch.zeros_like(text).detach())}
         own = at(judged)
         labels = None if codes is None else torch.cat([codes[judged.cpu(), :-6].to(theta), camera[own]], 1)
         truth = targets_of(images[own], points[own], embed, labels, weights.loss == "pixels")
@@ -118,12 +120,14 @@ def recomputed(
 ) -> Iterator[None]:
     "Inside, the language model keeps its layers' inputs alone and computes the rest again in the backward pass."
     if on:
-        talker.llava.model.gradient_checkpointing_enable({"use_reentrant": False})
+        with quiet():
+            talker.llava.model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
         if on:
-            talker.llava.model.gradient_checkpointing_disable()
+            with quiet():
+                talker.llava.model.gradient_checkpointing_disable()
 
 
 def train_facegpt(
@@ -152,6 +156,6 @@ def train_facegpt(
     calls = [Every(max(1, recipe.steps // 8), look)] if look else []
     facts = {"recipe": asdict(recipe), "photos": int(photos.images.sum(dtype=torch.int64)), "talks": int(sum(int(row.input_ids.sum()) for row in talks.rows)), "perceptual": embed is not None}
     with recomputed(model, recipe.gradient_checkpointing):
-        done = train(how, {"facegpt": model}, [player], talk_source(talks), scratch, calls, facts, label)
+        done = train(how, {"facegpt": model.train()}, [player], talk_source(talks), scratch, calls, facts, label)
     model.eval()
     return done.curve
