@@ -238,7 +238,7 @@ def decode(
     if len(seeds) != b:
         raise ShapeError("seeds", f"{len(seeds)}", f"one number, or one each of {b} samples", "Give as many.")
     if b > 1 and not guidance.batched:
-        parts = [decode(model, seq.rows(slice(k, k + 1)), hidden[k : k + 1], guidance, decoding, seeds[k : k + 1], allowed, distinct, on_step) if hidden[k].any() else Decoded(seq.ids[k : k + 1], empty_trace(), torch.ones(1)) for k in range(b)]
+        parts = [decode(model, seq.rows(slice(k, k + 1)), hidden[k : k + 1], guidance, decoding, seeds[k : k + 1], allowed, distinct, on_step) if hidden[k].any() else Decoded(seq.ids[k : k + 1].to(model.bias.device), empty_trace(), torch.ones(1)) for k in range(b)]
         trace = pd.concat([one.trace.assign(sample=k) for k, one in enumerate(parts)], ignore_index=True)
         return Decoded(torch.cat([one.ids for one in parts]), trace, torch.cat([one.valid for one in parts]))
     device = model.bias.device

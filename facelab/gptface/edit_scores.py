@@ -59,23 +59,26 @@ def train_attributes(
     threads: int | None = 1,
     label: str = "classifier",
     progress: bool = True,
-) -> AttributeNet:  # in eval mode
+    device: str = "auto",
+) -> AttributeNet:  # in eval mode, on the CPU
     "Train the classifier. Raises `ShapeError` where labels do not fit."
     if attributes.shape != (len(images), len(ATTRIBUTES)):
         raise ShapeError("train_attributes", f"labels of shape {attributes.shape} for {len(images)} pictures", f"({len(images)}, {len(ATTRIBUTES)})", "Give forty labels a picture.")
     truth = torch.from_numpy(attributes > 0).float()
 
     def loss_fn(models, batch, step):
-        some = images[batch].float() / 255
+        at = batch.cpu()  # pictures and labels stay where they are
+        some = images[at].to(step.device).float() / 255
         flip = torch.rand(len(batch), generator=torch.Generator().manual_seed(step.seed_from(3))) < 0.5
-        return {"loss": F.binary_cross_entropy_with_logits(models["attributes"](torch.where(flip[:, None, None, None], some.flip(-1), some)), truth[batch])}
+        some = torch.where(flip[:, None, None, None].to(step.device), some.flip(-1), some)
+        return {"loss": F.binary_cross_entropy_with_logits(models["attributes"](some), truth[at].to(step.device))}
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = AttributeNet()
     player = Player("attributes", loss_fn, lambda models: list(models["attributes"].parameters()), lambda parameters: torch.optim.AdamW(parameters, rate, weight_decay=0.01), Rise(steps, min(20, steps), 0.1, 0.02))
-    train(TrainConfig(steps, batch, clip=1.0, seed=seed, threads=threads), {"attributes": net.train()}, [player], Items.numbers(len(images)), None, [], None, label, progress)
-    return net.eval().requires_grad_(False)
+    train(TrainConfig(steps, batch, clip=1.0, seed=seed, threads=threads, device=device), {"attributes": net.train()}, [player], Items.numbers(len(images)), None, [], None, label, progress)
+    return net.cpu().eval().requires_grad_(False)
 
 
 def answers(net: AttributeNet, images: Sequence[UInt8[np.ndarray, "s s 3"]]) -> Bool[np.ndarray, "n 40"]:

@@ -137,13 +137,13 @@ def opened_editor(job: Job) -> FaceEditor:
 COST = {"literal Eq. 7, k = 8": 9, "guided, best of 4": 4, "guided, every iteration": 2}  # of a method, against one without gradients
 
 
-def learned(kind: str, images: np.ndarray, labels: np.ndarray, how):  # ParserTraining; or steps, seed, threads
+def learned(kind: str, images: np.ndarray, labels: np.ndarray, how):  # ParserTraining; or steps, seed, threads, device
     "Parser or classifier: a piece of `side_by_side`."
     images = torch.from_numpy(images)
     if kind == "parser":
         return train_parser(images, torch.from_numpy(labels), config=how)
-    steps, seed, threads = how
-    return train_attributes(images, labels, steps, seed=seed, threads=threads)
+    steps, seed, threads, device = how
+    return train_attributes(images, labels, steps, seed=seed, threads=threads, device=device)
 
 
 def accuracy_rows(net, parser, items: Sequence, images: torch.Tensor, labels: torch.Tensor) -> list[Row]:
@@ -166,8 +166,8 @@ def run(
     stack = lambda items: (torch.from_numpy(np.stack([i.image for i in items])).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.stack([i.labels19 for i in items]).astype(np.uint8)))
     (images, labels), (test_images, test_labels) = stack(train), stack(test)
     half = tokenized(editor.vqgan, [i.image for i in train[::2]])  # edits are judged, and these come out of the tokenizer
-    config, attributes = ParserTraining(job.parser_steps, seed=job.seed, threads=job.threads), np.stack([i.attributes for i in train])
-    parser, net = side_by_side(learned, [("parser", images.numpy(), labels.numpy(), config), ("classifier", np.concatenate([images.numpy(), np.stack(half).transpose(0, 3, 1, 2)]), np.concatenate([attributes, attributes[::2]]), (job.judge_steps, job.seed, job.threads))], job.workers)
+    config, attributes = ParserTraining(job.parser_steps, seed=job.seed, threads=job.threads, device=job.device), np.stack([i.attributes for i in train])
+    parser, net = side_by_side(learned, [("parser", images.numpy(), labels.numpy(), config), ("classifier", np.concatenate([images.numpy(), np.stack(half).transpose(0, 3, 1, 2)]), np.concatenate([attributes, attributes[::2]]), (job.judge_steps, job.seed, job.threads, job.device))], job.workers)
     editor = FaceEditor(editor.vqgan, editor.model, editor.vocab, parser)
     editor.save(job.checkpoint())
     methods = edit_methods(job.strength, job.literal, job.temperature)

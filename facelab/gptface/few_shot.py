@@ -108,11 +108,11 @@ def gptface_features(
     codes: Int[Tensor, "n h w"],  # of the pictures
     batch: int = 100,
 ) -> Float[Tensor, "n k"]:
-    "Features of a GPTFace."
+    "Features of a GPTFace, computed where it is, on the CPU."
     layout, found = model.config.layout, []
     for some in codes.split(batch):
-        seq = join(layout, some, trim=True)
-        found.append(pooled(model.layers(*seq, feature_layers(model.config.layers)), layout.image))
+        seq = join(layout, some.to(model.bias.device), trim=True)
+        found.append(pooled(model.layers(*seq, feature_layers(model.config.layers)), layout.image).cpu())
     return torch.cat(found)
 
 
@@ -122,9 +122,9 @@ def rival_features(
     images: UInt8[Tensor, "n 3 s s"],
     batch: int = 100,
 ) -> Float[Tensor, "n k"]:
-    "Features of a rival."
-    wanted = feature_layers(net.config.layers)
-    return torch.cat([pooled(net.encoder.layers(some.float() / 255, wanted), slice(1, None)) for some in images.split(batch)])
+    "Features of a rival, computed where it is, on the CPU."
+    wanted, device = feature_layers(net.config.layers), net.encoder.places.device
+    return torch.cat([pooled(net.encoder.layers(some.to(device).float() / 255, wanted), slice(1, None)).cpu() for some in images.split(batch)])
 
 # %% ../../nbs/gptface/64_few_shot.ipynb #head
 @dataclass(frozen=True)

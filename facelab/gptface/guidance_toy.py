@@ -111,7 +111,7 @@ def train_toy(
     model = build_gptface(GPTFaceConfig(LAYOUT, config.layers, config.width, config.heads, 2 * config.width, init=config.init), config.seed)
     masking = Masking(ImageBudget(0.15, 0.1, max(1, config.steps // 6)))
     how = Pretraining(config.steps, config.batch, config.rate, warmup=min(50, config.steps // 4), ema=0.97, masking=masking, losses=MilmItm(blind=config.blind, turn=(0.25, 0.6)),
-                      seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 20), look_every=config.steps)
+                      seed=config.seed, threads=config.threads, device="cpu", log_every=max(1, config.steps // 20), look_every=config.steps)
     done = pretrain(how, model, toy_pairs(config.pairs, config.seed), label="toy", progress=progress)
     return model, done.curve
 

@@ -47,14 +47,15 @@ UNTRAINED = "GPTFace, not pre-trained"
 def trained_methods(
     folder: Path,  # checkpoints of gptface-train
     vqgan: VQGAN,
+    device: str = "cpu",
 ) -> dict[str, PretrainedFace | Rival]:  # method -> network; those that were not trained are missing
     "The networks of a run."
     found: dict[str, PretrainedFace | Rival] = {}
     for name, part in (("GPTFace", "gptface"), (UNTRAINED, "random")):
         if (folder / part / "model.safetensors").is_file():
             model, vocab = load_gptface(folder / part)
-            found[name] = PretrainedFace(model.requires_grad_(False), vocab, vqgan)
-    return found | {name: load_rival(folder / f"{part}.safetensors") for part, name in RIVALS.items() if (folder / f"{part}.safetensors").is_file()}
+            found[name] = PretrainedFace(model.requires_grad_(False).to(device), vocab, vqgan.to(device))
+    return found | {name: load_rival(folder / f"{part}.safetensors").to(device) for part, name in RIVALS.items() if (folder / f"{part}.safetensors").is_file()}
 
 # %% ../../nbs/gptface/72_head_tables.ipynb #table2
 def table_2(
@@ -169,11 +170,11 @@ def masked_codes(
     "What stands under the masks of each picture, beside its own text."
     layout, hits, costs = model.config.layout, [], []
     for part in torch.arange(len(hidden)).split(batch):
-        seq, at = join(layout, pairs.codes[part], pairs.text[part], trim=True), image_region(layout, hidden[part])
-        at = at[:, : seq.ids.shape[1]]
+        seq, at = join(layout, pairs.codes[part].to(model.bias.device), pairs.text[part], trim=True), image_region(layout, hidden[part])
+        at = at[:, : seq.ids.shape[1]].to(model.bias.device)
         scores = model.logits(model(seq.ids.masked_fill(at, layout.mask), seq.attend).states[at], "codes")
         truth, many = seq.ids[at] - layout.words, int(hidden[0].sum())
-        hits.append(scores.argmax(1).eq(truth).double().reshape(-1, many).mean(1)), costs.append(F.cross_entropy(scores.double(), truth, reduction="none").reshape(-1, many).mean(1))
+        hits.append(scores.argmax(1).eq(truth).double().reshape(-1, many).mean(1).cpu()), costs.append(F.cross_entropy(scores.double(), truth, reduction="none").reshape(-1, many).mean(1).cpu())
     return torch.cat(hits).numpy(), torch.cat(costs).numpy()
 
 
@@ -187,13 +188,13 @@ def masked_words(
     "Pieces under the masks of each text, beside its whole picture."
     layout, rng, found = model.config.layout, np.random.default_rng([72, 1]), []
     for part in torch.arange(len(pairs.codes)).split(batch):
-        seq = join(layout, pairs.codes[part], pairs.text[part], trim=True)
+        seq = join(layout, pairs.codes[part].to(model.bias.device), pairs.text[part], trim=True)
         hidden = draw_hidden(layout, seq, Masking(text_ratio=share), 0, rng)
         hidden[:, layout.image] = False
         given = hide(layout, seq, hidden)
         right = torch.zeros_like(hidden, dtype=torch.double)
         right[hidden] = model.logits(model(given.ids, given.attend).states[hidden]).argmax(1).eq(seq.ids[hidden]).double()
-        found.append(right.sum(1) / hidden.sum(1).clamp(min=1))
+        found.append((right.sum(1) / hidden.sum(1).clamp(min=1)).cpu())
     return torch.cat(found).numpy()
 
 
@@ -240,7 +241,7 @@ def tokenizer_figure(
 ) -> plt.Figure:
     "Photos above, their codes drawn below (Figure 7)."
     some = images[np.unique(np.linspace(0, len(images) - 1, show).round().astype(int))]
-    drawn = vqgan.pictures(vqgan.token_ids(some))
+    drawn = vqgan.pictures(vqgan.token_ids(some)).cpu()
     fig, axes = plt.subplots(2, len(some), figsize=(0.95 * len(some), 2.0), layout="constrained", squeeze=False)
     for column, above, below in zip(axes.T, some, drawn):
         column[0].imshow(above.permute(1, 2, 0)), column[1].imshow(below.permute(1, 2, 0))
@@ -253,14 +254,15 @@ def tokenizer_figure(
 def judged(
     job: Job,  # as for `run`
     what: str,  # heads, or words
+    celeba: LabelledFaces,
+    raf: LabelledFaces | None,  # of heads
 ) -> tuple[list[Row], dict[str, Int[np.ndarray, "n m"]]]:  # and the lists of Table 3
     "Table 2; or Table 3 and the matching: a piece of `side_by_side`."
     seed_everything(job.seed, job.threads)
-    methods = trained_methods(input_path(job.trained), open_vqgan(job.vqgan))
-    celeba = celeba_faces(job.celeba, job.size, Skipped())
+    methods = trained_methods(input_path(job.trained), open_vqgan(job.vqgan), job.device)
     if what == "heads":
         shares = [tuple(float(part) for part in text.split(",")) for text in (job.celeba_shares, job.raf_shares)]
-        return table_2(methods, list(zip((celeba, raf_faces(job.raf, job.size, Skipped())), shares)), HeadTraining(steps=job.head_steps, seed=job.seed)), {}
+        return table_2(methods, list(zip((celeba, raf), shares)), HeadTraining(steps=job.head_steps, seed=job.seed)), {}
     face = methods["GPTFace"]
     words = candidate_words(face.vocab)
     ranked = tag_rankings(face, methods, celeba.test, words, min(job.tags, len(words)), job.seed)
@@ -269,16 +271,16 @@ def judged(
 
 
 def run(
-    job: Job,  # seed, threads, workers, data, celeba, raf, laion_test, size, vqgan, trained, celeba_shares, raf_shares, head_steps, tags
+    job: Job,  # seed, threads, workers, data, celeba, raf, laion_test, size, vqgan, trained, celeba_shares, raf_shares, head_steps, tags, device
 ) -> Outcome:
     "Tables 2 and 3, Figures 6 and 7."
-    skipped, methods = Skipped(), trained_methods(input_path(job.trained), open_vqgan(job.vqgan))
+    skipped, methods = Skipped(), trained_methods(input_path(job.trained), open_vqgan(job.vqgan), job.device)
     if "GPTFace" not in methods:
         raise InputError(job.trained, "no GPTFace in it", "the checkpoints of gptface-train", "Put gptface among its methods.")
     face, words = methods["GPTFace"], candidate_words(methods["GPTFace"].vocab)
     celeba, raf = celeba_faces(job.celeba, job.size, skipped), raf_faces(job.raf, job.size, skipped)
     marks = graded_marks(words, celeba.test_labels.numpy())
-    (rows, _), (more, ranked) = side_by_side(judged, [(job, "heads"), (job, "words")], job.workers)
+    (rows, _), (more, ranked) = side_by_side(judged, [(job, "heads", celeba, raf), (job, "words", celeba, None)], job.workers)
     rows = rows + more
     photos = read_celeba(input_path(job.data)).split("test")
     seen = torch.stack([scaled(item.image, job.size) for item in photos.items()])
@@ -289,4 +291,4 @@ def run(
     notes += [f"{name}: not trained in this run" for name in ("GPTFace", *RIVALS.values()) if name not in methods] + ([skipped.report(len(celeba.train) + len(raf.train))] if skipped else [])
     inputs = {"bases/vqgan": input_hash("bases/vqgan/model.safetensors")} if job.vqgan == "base" else {job.vqgan: input_hash(job.vqgan)}
     not_run = {"BriVL": "no open weights of its size were trained here; CLIP and FaRL of the same size stand for retrieval"}
-    return Outcome(rows, figures, inputs=inputs, notes=notes, not_run=not_run)
+    return Outcome(rows, figures, inputs=inputs, notes=notes, not_run=not_run, device=job.device)

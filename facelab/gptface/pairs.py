@@ -122,8 +122,8 @@ def encode_images(
     images: UInt8[Tensor, "n 3 s s"],
     batch: int = 100,  # pictures at a time
 ) -> Int[Tensor, "n h w"]:
-    "Codes of pictures."
-    return torch.cat([vqgan.token_ids(some) for some in images.split(batch)])
+    "Codes of pictures, made where the tokenizer is, on the CPU."
+    return torch.cat([vqgan.token_ids(some).cpu() for some in images.split(batch)])
 
 
 def web_tokens(

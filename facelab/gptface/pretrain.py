@@ -129,6 +129,7 @@ class Pretraining:
     losses: MilmItm = field(default_factory=MilmItm)
     accumulate: int = 1
     precision: str = "no"  # bf16 on GPUs
+    device: str = "auto"
     seed: int = 0
     threads: int | None = None
     log_every: int = 50  # steps
@@ -137,7 +138,7 @@ class Pretraining:
 
     def facts(self) -> dict[str, Any]:
         "What the result depends on."
-        return {key: value for key, value in asdict(self).items() if key not in ("threads", "look_every", "log_every", "save_every")}
+        return {key: value for key, value in asdict(self).items() if key not in ("threads", "device", "look_every", "log_every", "save_every")}
 
 
 def weight_groups(
@@ -230,7 +231,7 @@ def pretrain_loss(
             codes, text = (value[batch.to(value.device)].to(step.device) for value in pairs[:2])
         else:
             with torch.no_grad():
-                codes, text = encode(batch[0].float() / 255), batch[1]
+                codes, text = (value.to(step.device) for value in (encode(batch[0].float() / 255), batch[1]))
         rng = np.random.default_rng(step.seed_from(11, step.share.rank))
         return pretrain_losses(models["gptface"], codes, text, config.losses, config.masking, step.number, step.total, rng, starts)
 
@@ -250,7 +251,7 @@ def pretrain(
     progress: bool = True,
     callbacks: Sequence[Callable] = (),
     loss_fn: Callable | None = None,  # (models, batch, step) -> losses, in the place of `pretrain_loss`
-) -> TrainResult:  # the model is left in eval mode, with the averaged weights where there are any
+) -> TrainResult:  # the model is left on the CPU in eval mode, with the averaged weights where there are any
     "Pre-train (3.2, 4.1). Columns of the curve: gptface/milm, itm, itm_accuracy, image_accuracy, text_accuracy; val/..."
     memory = data if isinstance(data, TokenSet) else None
     if memory is None and encode is None:
@@ -264,9 +265,9 @@ def pretrain(
             return {f"val/{name}": value for name, value in held_out(model, val, config.masking).items()}
 
     looks = [Every(config.look_every or max(1, config.steps // 10), look)] if val is not None else []
-    how = TrainConfig(config.steps, config.batch, config.accumulate, config.clip, config.precision, config.ema, seed=config.seed, threads=config.threads, log_every=config.log_every, save_every=config.save_every)
+    how = TrainConfig(config.steps, config.batch, config.accumulate, config.clip, config.precision, config.ema, seed=config.seed, threads=config.threads, log_every=config.log_every, save_every=config.save_every, device=config.device)
     said = {"pretraining": config.facts(), "model": model.config.plain(), "pairs": None if memory is None else list(memory[:2]), "more": facts}
     done = train(how, {"gptface": model.train()}, [player], source, scratch, [*looks, *callbacks], said, label, progress)
     model.load_state_dict(done.state_dict("gptface"))
-    model.eval()
+    model.cpu().eval()
     return done

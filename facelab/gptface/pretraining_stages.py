@@ -180,11 +180,11 @@ def train_one(
         save_gptface(job.checkpoint() / "random", model, have.vocab)
         tokens = TokenSet(have.data.codes[have.data.picture], have.data.text)
         if job.recipe == "paper":
-            how = Pretraining(job.steps, job.batch, job.rate, warmup=min(10_000, job.steps // 4), seed=job.seed, threads=job.threads)
+            how = Pretraining(job.steps, job.batch, job.rate, warmup=min(10_000, job.steps // 4), seed=job.seed, threads=job.threads, device=job.device)
             curve = pretrain(how, model, tokens, starts=have.vocab.starts_word, scratch=scratch, label="GPTFace").curve
         else:
-            curve = pretrain_small(model, have.told, tokens, have.vocab, lesson_steps(job), job.batch, job.rate, job.seed, job.threads, scratch)
-        save_gptface(job.checkpoint() / "gptface", model.cpu(), have.vocab)
+            curve = pretrain_small(model, have.told, tokens, have.vocab, lesson_steps(job), job.batch, job.rate, job.seed, job.threads, scratch, device=job.device)
+        save_gptface(job.checkpoint() / "gptface", model, have.vocab)
         return Ended("GPTFace", curve, sum(w.numel() for w in model.blocks.parameters()), len(have.data.images), TASKS[which])
     data = have.labelled if which == "vit" else have.data
     if data is None:

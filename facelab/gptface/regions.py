@@ -122,6 +122,7 @@ class ParserTraining:
     width: int = 12  # channels of the finest level
     seed: int = 0
     threads: int | None = 1
+    device: str = "auto"
 
 
 def train_parser(
@@ -131,7 +132,7 @@ def train_parser(
     config: ParserTraining = ParserTraining(),  # noqa: B008
     label: str = "parser",  # of the progress line
     progress: bool = True,
-) -> UNetParser:  # in eval mode
+) -> UNetParser:  # in eval mode, on the CPU
     "Train a U-Net on labelled faces. Raises `ShapeError` where pictures and labels do not fit."
     if len(images) != len(labels) or images.shape[2:] != labels.shape[1:] or int(labels.max()) >= len(classes):
         raise ShapeError("train_parser", f"pictures {tuple(images.shape)}, labels {tuple(labels.shape)} up to {int(labels.max())}", f"as many, of one size, numbers below {len(classes)}", "Give the label map of each picture.")
@@ -140,19 +141,20 @@ def train_parser(
     weight, turned = weight / (weight * share).sum(), torch.tensor([classes.index(swapped(part)) if swapped(part) in classes else k for k, part in enumerate(classes)])
 
     def loss_fn(models, batch, step):
-        some, truth = images[batch].float() / 255, labels[batch].long()
+        at = batch.cpu()  # pictures and labels stay where they are
+        some, truth = images[at].to(step.device).float() / 255, labels[at].long()
         flip = torch.rand(len(batch), generator=torch.Generator().manual_seed(step.seed_from(3))) < 0.5
-        some = torch.where(flip[:, None, None, None], some.flip(-1), some)
+        some = torch.where(flip[:, None, None, None].to(step.device), some.flip(-1), some)
         truth = torch.where(flip[:, None, None], turned[truth].flip(-1), truth)
-        return {"loss": F.cross_entropy(models["parser"](some), truth, weight)}
+        return {"loss": F.cross_entropy(models["parser"](some), truth.to(step.device), weight.to(step.device))}
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = UNetParser(classes, images.shape[-1], width=config.width)
     player = Player("parser", loss_fn, lambda models: list(models["parser"].parameters()), lambda parameters: torch.optim.AdamW(parameters, config.rate), Rise(config.steps, min(20, config.steps), 0.1, 0.05))
-    how = TrainConfig(config.steps, config.batch, clip=1.0, seed=config.seed, threads=config.threads)
+    how = TrainConfig(config.steps, config.batch, clip=1.0, seed=config.seed, threads=config.threads, device=config.device)
     train(how, {"parser": net.train()}, [player], Items.numbers(len(images)), None, [], None, label, progress)
-    return net.eval().requires_grad_(False)
+    return net.cpu().eval().requires_grad_(False)
 
 
 def swapped(part: str) -> str:

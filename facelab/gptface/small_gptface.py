@@ -199,11 +199,12 @@ def lesson(
     rate: float,  # the highest
     seed: int,
     threads: int | None,
+    device: str = "auto",
 ) -> Pretraining:
     "One of the lessons as a configuration."
     at = LESSONS.index(which)
     masking = Masking(ImageBudget(0.15, 0.05, max(1, steps // 11), 0.65) if which == "told" else ImageBudget(0.5, 0, 1, 0.5), text_ratio=SharedHiding.pieces)
-    return Pretraining(steps, batch, rate / 2 if which == "all" else rate, 0.2, min(20, steps // 4), (0.15, 0.3, 0.05)[at], (0.9, 0.99), 0.05, masking=masking, seed=seed + at, threads=threads, log_every=max(1, steps // 20))
+    return Pretraining(steps, batch, rate / 2 if which == "all" else rate, 0.2, min(20, steps // 4), (0.15, 0.3, 0.05)[at], (0.9, 0.99), 0.05, masking=masking, seed=seed + at, threads=threads, device=device, log_every=max(1, steps // 20))
 
 
 def lesson_loss(
@@ -244,6 +245,7 @@ def pretrain_small(
     threads: int | None = None,
     scratch: Path | None = None,  # folder of the checkpoints
     progress: bool = True,
+    device: str = "auto",
 ) -> pd.DataFrame:  # the curve; steps go on from lesson to lesson
     "Pre-train a small GPTFace in three lessons."
     if len(steps) != 3 or min(steps) < 0 or not any(steps):
@@ -252,7 +254,7 @@ def pretrain_small(
     for which, count in zip(LESSONS, steps):
         if not count:
             continue
-        data, config = pairs if which == "all" else told, lesson(which, count, batch, rate, seed, threads)
+        data, config = pairs if which == "all" else told, lesson(which, count, batch, rate, seed, threads, device)
         done = pretrain(config, model, data, scratch=None if scratch is None else scratch / which, facts=[which, *steps, asdict(how)], label=f"GPTFace, {which}", progress=progress, loss_fn=lesson_loss(which, config, data, vocab, how))
         curves.append(done.curve.assign(step=done.curve["step"] + before, lesson=which))
         before += count

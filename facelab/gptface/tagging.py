@@ -102,9 +102,9 @@ def rank_by_mask(
     template = tag_template(vocab, layout, 1)
     pieces = torch.tensor([vocab.index[word] for word in words])
     for some in codes.split(batch):
-        seq = join(layout, some, template.expand(len(some), -1), trim=True)
+        seq = join(layout, some.to(model.bias.device), template.expand(len(some), -1), trim=True)
         at = seq.ids.eq(layout.mask).nonzero()[:, 1:]
-        scores.append(model.logits(model(*seq, at=at).states[:, 0], "words").log_softmax(1)[:, pieces])
+        scores.append(model.logits(model(*seq, at=at).states[:, 0], "words").log_softmax(1)[:, pieces].cpu())
     found = torch.cat(scores)
     found = found - found.exp().mean(0).log() if calibrated else found
     return found.argsort(dim=1, descending=True, stable=True)[:, :count].numpy()
@@ -122,10 +122,10 @@ def rank_by_match(
     layout = model.config.layout
     text = text_ids(vocab, layout, [f"tags: {word}" for word in words]).ids
     scores = []
-    for one in codes:
+    for one in codes.to(model.bias.device):
         seq = join(layout, one[None].expand(len(words), -1, -1), text, trim=True)
         match = model(*seq, at=seq.ids.new_zeros(len(words), 0)).match
-        scores.append(match[:, 1] - match[:, 0])
+        scores.append((match[:, 1] - match[:, 0]).cpu())
     return torch.stack(scores).argsort(dim=1, descending=True, stable=True)[:, :count].numpy()
 
 
@@ -137,8 +137,9 @@ def rank_by_clip(
     count: int = 30,
 ) -> Int[np.ndarray, "n m"]:  # numbers of words, the best first
     "Retrieval: words by their place beside the picture's (Radford et al. 2021)."
-    words = net.read(text[:, : int(text.ne(0).any(0).sum())])
-    scores = torch.cat([net.seen(some.float() / 255) @ words.T for some in images.split(100)])
+    device = net.scale.device
+    words = net.read(text[:, : int(text.ne(0).any(0).sum())].to(device))
+    scores = torch.cat([(net.seen(some.to(device).float() / 255) @ words.T).cpu() for some in images.split(100)])
     return scores.argsort(dim=1, descending=True, stable=True)[:, :count].numpy()
 
 # %% ../../nbs/gptface/66_tagging.ipynb #by-template
@@ -158,19 +159,19 @@ def rank_by_template(
         raise InputError("rank_by_template", f"{count} tags of {len(words)} words, scope {guidance.scope}", "as many words as tags, and a scope that takes a batch", "Ask for fewer tags; take scope embeddings.")
     template, allowed = tag_template(vocab, layout, count), torch.zeros(layout.words, dtype=torch.bool)
     allowed[list(number)] = True
-    seq = join(layout, codes, template.expand(len(codes), -1), trim=True)
+    seq = join(layout, codes.cpu(), template.expand(len(codes), -1), trim=True)
     hidden = seq.ids.eq(layout.mask)
     committed, left = torch.full(seq.ids.shape, 10**6), hidden.clone()
 
     def note(step: int, now: Sequences):  # rows that had masks left before this step, in order
         rows = left.any(1)
-        fresh = left[rows] & now.ids.ne(layout.mask)
+        fresh = left[rows] & now.ids.ne(layout.mask).cpu()
         committed[rows] = torch.where(fresh, step, committed[rows])
         left[rows] = left[rows] & ~fresh
 
     made = decode(model, seq, hidden, guidance, None, seed, allowed, True, note)
     order = committed.masked_fill(~hidden, 10**7).argsort(dim=1, stable=True)[:, :count]
-    return np.array([[number[int(row[place])] for place in places] for row, places in zip(made.ids, order)])
+    return np.array([[number[int(row[place])] for place in places] for row, places in zip(made.ids.cpu(), order)])
 
 # %% ../../nbs/gptface/66_tagging.ipynb #rows
 def tag_rows(
