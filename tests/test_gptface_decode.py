@@ -254,6 +254,49 @@ def test_a_sample_with_nothing_to_fill_is_left_alone(guidance):
     assert torch.equal(filled[0], codes[0]) and made.valid[0] == 1 and set(made.trace["sample"]) == {1}
 
 
+@pytest.fixture
+def no_more_than_100(monkeypatch):
+    "A decoding that would never end is ended."
+    calls = []
+
+    def counted(*given):
+        calls.append(1)
+        assert len(calls) < 100, "it does not end"
+        return choose(*given)
+
+    monkeypatch.setattr("facelab.gptface.decode.choose", counted)
+
+
+@pytest.mark.parametrize("guidance", [PLAIN, Guidance(), Guidance.paper(), Guidance(kind="cfg"), Guidance(scope="hidden")], ids=str)
+@pytest.mark.parametrize("name", ["bias", "blocks.0.up.weight", "tokens.weight"])
+def test_decoding_ends_where_logits_are_not_finite(guidance, name, no_more_than_100):
+    model, (codes, text) = small(), faces(2)
+    with torch.no_grad():
+        dict(model.named_parameters())[name][25 if name != "blocks.0.up.weight" else 0] = math.nan
+    with pytest.raises(InputError, match="iteration 0.*not finite"):
+        fill_region(model, codes, REGIONS["everything"].expand(2, -1, -1), text, guidance, K[3])
+
+
+def test_decoding_ends_where_the_step_is_too_long(no_more_than_100):
+    model, (codes, text) = small(), faces(1)
+    with pytest.raises(InputError, match="Guidance.strength"):
+        fill_region(model, codes, REGIONS["span"], text, Guidance(scope="all", update="ascent", strength=1e30))
+    seq = join(GRID, codes, text)
+    hidden = torch.zeros_like(seq.attend)
+    hidden[0, 33:36] = True
+    with pytest.raises(InputError, match="Allow more"):
+        decode(model, seq, hidden, PLAIN, allowed=torch.zeros(20, dtype=torch.bool))
+
+
+def test_weights_that_are_not_finite_are_not_opened(tmp_path):
+    model = small()
+    with torch.no_grad():
+        model.blocks[1].out.weight[2, 3] = math.inf
+    save_gptface(tmp_path, model)
+    with pytest.raises(InputError, match="blocks.1.out.weight: 1 numbers that are not finite"):
+        load_gptface(tmp_path)
+
+
 # ---- the toy ----------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -127,6 +127,33 @@ def test_profiles_hold_no_stray_file():
         assert {p.stem for p in (ROOT / "profiles" / profile).glob("*.yaml")} == set(STAGES)
 
 
+def made_here(values):
+    "The paths under build/ and bases/ that a profile's values name."
+    return {part for value in values.values() for part in (value if isinstance(value, list) else [value]) if isinstance(part, str) and part.startswith(("build/", "bases/"))}
+
+
+def unwritten(path, stage, graph, run_by_default):
+    "Why nothing would be at a path that a stage's profile names; '' where something is."
+    if path.startswith("bases/"):
+        return "" if (ROOT / path).exists() or (ROOT / f"{path}.dvc").exists() else "no such base"
+    writers = [name for name, spec in graph.items() for out in spec.get("outs", []) if f"{path}/".startswith((out if isinstance(out, str) else next(iter(out))) + "/")]
+    if not writers:
+        return "no stage writes there"
+    if writers[0] != stage and not any(f"{path}/".startswith(dep + "/") for dep in graph[stage]["deps"]):
+        return f"{stage} does not depend on what {writers[0]} writes"
+    return "" if path in run_by_default else f"{writers[0]} writes no such part: nothing in the default run reads it"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_profile_names_is_made_by_a_stage_or_is_a_base(stage):
+    "A part of an output counts where the default run, which is tested as a whole, reads or writes it."
+    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    run_by_default = set().union(*(made_here(profile_values(name, "mini", ROOT)) for name in STAGES))
+    wrong = {(profile, path): why for profile in PROFILES for path in made_here(profile_values(stage, profile, ROOT)) if (why := unwritten(path, stage, graph, run_by_default))}
+    assert wrong == {}
+    assert unwritten("build/checkpoints/nowhere", stage, graph, run_by_default) and unwritten("build/checkpoints/gptface-train/vqgan", "gptface-edit", graph, run_by_default) and unwritten("bases/nowhere", stage, graph, run_by_default)
+
+
 @pytest.mark.parametrize("record", BASES, ids=lambda p: p.parent.name)
 def test_base_is_what_its_record_and_pin_say(record):
     weights = record.with_name("model.safetensors")

@@ -375,3 +375,15 @@ def test_a_missing_base_says_how_to_bring_it(monkeypatch, tmp_path):
     monkeypatch.setattr("facelab.lab.base.bases_dir", lambda: tmp_path)
     with pytest.raises(InputError, match=r"dvc pull bases/vqgan/model\.safetensors\.dvc"):
         open_vqgan()
+
+
+def test_the_published_configuration_of_16384_codes():
+    "Every key of a published file, spelled as it is there, whole or its params alone."
+    net = {"double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [16], "dropout": 0.0}
+    params = {"embed_dim": 256, "n_embed": 16384, "monitor": "val/rec_loss", "image_key": "image", "ckpt_path": "last.ckpt", "ignore_keys": [], "colorize_nlabels": None, "sane_index_shape": False, "remap": None, "ddconfig": net, "lossconfig": {"target": "loss", "params": {"disc_start": 0}}}
+    for said in (params, {"params": params}, {"model": {"base_learning_rate": 4.5e-6, "target": "model", "params": params}, "data": {}}):
+        assert VQGANConfig.from_dict(said) == VQGANS["f16-16384"]
+    with pytest.raises(InputError, match="remap"):
+        VQGANConfig.from_dict(params | {"remap": "used.npy"})
+    with pytest.raises(InputError, match="unknown keys"):
+        VQGANConfig.from_dict(params | {"n_codes": 3})

@@ -207,6 +207,9 @@ def look_and_sample(
     confidence = torch.full(which.shape, -math.inf, device=at.device).masked_scatter(which, sure)
     tokens = torch.zeros_like(at).masked_scatter(which, token + steering.plain.span(part).start)
     kept = choose(confidence, tokens, due, used)
+    if not kept.any(1).all():
+        came, fix = ("logits that are not finite", "Lower Guidance.strength, or check the weights.") if not torch.isfinite(logits.masked_fill(logits.isneginf(), 0)).all() else ("no token that may be chosen", "Allow more of them.")
+        raise InputError(f"decoding, iteration {step}", came, "a token for each picture", fix)
     whole = look.logits("all", kept)
     span = steering.plain.span(part)
     best = whole.argmax(1)

@@ -263,12 +263,14 @@ def put_weights(
     tensors: Mapping[str, Tensor],
     where: str | Path,  # for messages
 ):
-    "Give a model these weights. Raises `InputError` naming the first that is missing or has another shape."
+    "Give a model these weights. Raises `InputError` naming the first that is missing, has another shape, or is not finite."
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
             came = f"shape {tuple(tensors[name].shape)}" if name in tensors else "missing"
             raise InputError(f"{where}: {name}", came, f"shape {tuple(wanted[name].shape)}" if name in wanted else "no such weight", "Does its configuration belong to these weights?")
+        if not torch.isfinite(tensors[name]).all():
+            raise InputError(f"{where}: {name}", f"{int((~torch.isfinite(tensors[name])).sum())} numbers that are not finite", "finite weights", "Take an earlier checkpoint: this training diverged, or the file is damaged.")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     model.requires_grad_(True)
 
