@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from facelab.data.celeba import read_celeba
 from facelab.data.face_crop import FaceBox
 from facelab.gptface.damage import add_scratches, find_damage
 from facelab.gptface.decode import Decoding
@@ -13,10 +14,12 @@ from facelab.gptface.edit import FaceEditor
 from facelab.gptface.edit_task import MeanPoints
 from facelab.gptface.guidance import Guidance
 from facelab.gptface.model import GPTFaceConfig, build_gptface, save_gptface
-from facelab.gptface.paste import blend_of, cells_of, face_frame, level, mask_to_frame, mask_to_photo, paste, whole_frame
-from facelab.gptface.regions import NAMED_REGIONS, region_of
-from facelab.gptface.tokens import Vocabulary
+from facelab.gptface.paste import blend_of, cells_of, check_mask, face_frame, level, mask_to_frame, mask_to_photo, paste, whole_frame
+from facelab.gptface.regions import NAMED_REGIONS, find_region, region_of
+from facelab.gptface.tokens import Vocabulary, strange_words
+from facelab.lab.batches import seed_of
 from facelab.lab.errors import InputError, ShapeError
+from facelab.lab.paths import data_dir
 from facelab.nets.codec import VQGANConfig
 from facelab.nets.parser import FaceParser, FunctionParser, OutlineParser, UNetParser
 from facelab.nets.vqgan import VQGAN
@@ -233,7 +236,7 @@ def test_files_of_another_model(editor, tmp_path):
 
 @pytest.mark.parametrize(("region", "text", "said"), [
     (np.zeros((10, 10), bool), "a man", "cannot be placed"), (np.zeros((150, 190), bool), "a man", "nothing to do"), (np.ones((150, 190), bool), "a man", "Leave something"), (np.full((150, 190), np.nan), "a man", "finite"),
-    (patch(top=0, left=0, size=4), "a man", "nothing of it in the square"), ("moustache", "a man", "mouth, lips, eyes"), ("clothes", "a man", "sees none of it"), (patch(), "a man " * 40, "pieces"), (patch(), "  ", "some words"),
+    (patch(top=0, left=0, size=4), "a man", "nothing of it in the square"), ("moustache", "a man", "mouth, lips, eyes"), ("clothes", "a man", "has no such class"), (patch(), "a man " * 40, "pieces"), (patch(), "  ", "some words"),
 ])  # fmt: skip
 def test_bad_edits(editor, region, text, said):
     with pytest.raises(InputError, match=said):
@@ -263,3 +266,98 @@ def test_regions_lie_where_they_should():
     labels = parser.parse(torch.zeros(1, 3, 128, 128))[0].numpy()
     height = {name: np.nonzero(region_of(labels, parser.classes, name))[0].mean() for name in ("hat", "brows", "eyes", "nose", "mouth", "beard")}
     assert list(height) == sorted(height, key=height.get)
+
+
+# ---- batches, notes and masks -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_photo_has_a_seed_of_its_own(editor):
+    "Whatever the size of the batch, and whoever is left out of it."
+    images, masks = [photo(seed=k) for k in range(5)], [patch(left=60 + 4 * k) for k in range(5)]
+    go = lambda images=images, batch=16, **how: [None if item is None else item.codes for item in editor.edit_all(images, masks, "a man with glasses", batch=batch, seed=3, **how).items]
+    together = go()
+    for others in (go(batch=1), go(batch=2), go(batch=3), go([images[0], np.zeros((3, 3), np.float32), *images[2:]])):
+        assert all(other is None or torch.equal(one, other) for one, other in zip(together, others))
+    assert all(torch.equal(one, other) for one, other in zip(go(tries=2), go(batch=2, tries=2)))
+    assert torch.equal(together[3], editor.edit(images[3], masks[3], "a man with glasses", seed=seed_of(3, 3)).codes)
+    same = editor.edit_all([images[0]] * 2, masks[0], "a man with glasses")
+    assert not torch.equal(same.items[0].codes, same.items[1].codes)  # and not all the same
+
+
+def test_a_face_for_each_photo(editor):
+    images = [photo(), photo(60, 60), photo(seed=2), photo(seed=3)]
+    points = MeanPoints().landmarks(torch.zeros(1, 3, 150, 150))[0].double().numpy()
+    masks = [patch(), patch((60, 60), 20, 20, 12), patch(), patch()]
+    made = editor.edit_all(images, masks, "a man", [BOX, "whole", points, "left"])
+    assert [item is not None for item in made.items] == [True, True, True, False]
+    for k, where in enumerate((BOX, "whole", points)):
+        assert np.array_equal(made.items[k].frame.back, editor.prepare(images[k], masks[k], "a man", where).frame.back)
+    for where in (BOX, points):  # one for all
+        assert all(np.array_equal(item.frame.back, made.items[0 if where is BOX else 2].frame.back) for item in editor.edit_all(images[2:], patch(), "a man", where).items)
+    with pytest.raises(InputError, match="face: 3"):
+        editor.edit_all(images, masks, "a man", ["whole"] * 3)
+
+
+def test_nothing_to_do_is_done(editor):
+    assert editor.fill([]) == [] and editor.edit_all([], "mouth", "a man").items == []
+
+
+class Eyes:
+    "A parser of the user's: no class of the lab's, the same calls."
+
+    name, size, room, lift, classes = "mine", 48, 1.85, 0.147, ("background", "skin", "hair")
+
+    def parse(self, images):
+        labels = torch.ones(len(images), *images.shape[2:], dtype=torch.long)
+        labels[:, :12] = 2
+        return labels
+
+
+def test_how_a_region_was_found_is_told(editor):
+    said = {name: editor.prepare(photo(), name, "a man") for name in ("mouth", "hair", "hat", "neck", "glasses")}
+    assert {name: task.found for name, task in said.items()} == {"mouth": "parts", "hair": "box", "hat": "box", "neck": "box", "glasses": "parts"}
+    assert "no class for hair" in said["hair"].notes[0] and said["mouth"].notes == ()
+    made = editor.fill([said["neck"]])[0]
+    assert made.found == "box" and made.notes == said["neck"].notes
+    assert editor.edit(photo(), patch(), "a man").found == "mask"
+    own = FaceEditor(editor.vqgan, editor.model, VOCAB, Eyes(), finder=editor.finder)
+    assert isinstance(own.parser, FaceParser)
+    hair = own.prepare(photo(), "hair", "a man")
+    assert hair.found == "parts" and not np.array_equal(hair.mask, said["hair"].mask)
+    assert own.prepare(photo(), "nose", "a man").notes == ("nose: the parser has no class for nose; this is a box where it usually is",)
+    with pytest.raises(InputError, match="give the editor a parser"):
+        own.prepare(photo(), "clothes", "a man")
+
+
+def test_a_part_that_this_face_lacks():
+    bald = np.ones((64, 64), int)
+    seen = find_region(bald, ("background", "skin", "hair"), "hair")
+    assert seen.how == "box" and "sees none of it" in seen.note
+    with pytest.raises(InputError, match="sees none of it"):
+        find_region(bald, ("background", "skin", "cloth"), "clothes")
+
+
+def test_words_that_were_not_learned_are_told(editor):
+    assert strange_words(VOCAB, "A man with a xylophone, 漢字 glasses!") == ["xylophone", "漢", "字", "!"]
+    assert editor.edit(photo(), patch(), "a man with a zebra").notes == ("words that this GPTFace has not learned: zebra",)
+    assert editor.edit(photo(), patch(), "a man with glasses").notes == () == editor.inpaint(photo(), patch()).notes
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32, np.float64])
+@pytest.mark.parametrize("top", [1, 255])
+def test_soft_masks_count_from_the_half_on(kind, top):
+    made = np.zeros((8, 8), kind)
+    made[1], made[2], made[3] = top, top * 3 // 4 if top > 1 else 1, top * 2 // 5 if np.issubdtype(kind, np.integer) else top * 0.4
+    assert np.flatnonzero(check_mask(made, (8, 8)).any(1)).tolist() == [1, 2]
+    faint = np.full((8, 8), 0.01, np.float32)
+    with pytest.raises(InputError, match="no pixel above 0.5; its largest is 0.01"):
+        check_mask(faint, (8, 8))
+
+
+def test_photos_without_damage_have_none():
+    images = [item.image for item in read_celeba(data_dir() / "celeba").items()]
+    flagged = [k for k, image in enumerate(images) if find_damage(image).any()]
+    assert len(images) > 300 and len(flagged) < 0.05 * len(images)
+    rng = np.random.default_rng(0)
+    scratched = [add_scratches(image, 2, rng) for image in images[::10]]
+    assert np.mean([(find_damage(image) & truth).sum() / truth.sum() for image, truth in scratched]) > 0.65

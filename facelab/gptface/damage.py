@@ -44,7 +44,7 @@ def find_damage(
     photo: UInt8[np.ndarray, "h w 3"],
     width: int | None = None,  # of the widest scratch, pixels; None: a fiftieth of the shorter side, 2 at least
     contrast: float = 60.0,  # brightness levels that most of a scratch stands out by, at least
-    least: float = 0.3,  # of the shorter side that it reaches, at least
+    least: float = 0.5,  # of the shorter side that it reaches, at least
     grow: int = 1,  # pixels that are added around
 ) -> Bool[np.ndarray, "h w"]:  # empty where there is none
     "Where a photo has scratches (ours)."

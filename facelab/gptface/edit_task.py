@@ -37,6 +37,8 @@ class Edited:
     p_before: float
     valid: float  # share of tokens for which an image code was the likeliest of all ids
     trace: pd.DataFrame = field(repr=False)  # of the decoding, a row an iteration
+    found: str = "mask"  # how the mask came about: mask (given), parts (parsed), box (its usual place), damage, occlusion
+    notes: tuple[str, ...] = ()  # boxes in the place of a parsed region, words that the vocabulary does not have
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,8 @@ class EditTask:
     frame: FaceCrop
     hidden: Bool[np.ndarray, "rows cols"]
     text: str | None = None
+    found: str = "mask"  # as in `Edited`
+    notes: tuple[str, ...] = ()
 
 # %% ../../nbs/gptface/53_edit_task.ipynb #as-batch
 def as_batch(images: Sequence[UInt8[np.ndarray, "s s 3"]]) -> UInt8[Tensor, "b 3 s s"]:

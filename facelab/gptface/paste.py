@@ -43,7 +43,7 @@ def whole_frame(
 
 # %% ../../nbs/gptface/58_paste.ipynb #check-mask
 def check_mask(
-    mask: np.ndarray,  # h w, bool or 0/1 or 0/255
+    mask: np.ndarray,  # h w, bool or 0..1 or 0..255; soft ones count from the half on
     shape: tuple[int, ...],  # of the photo
     what: str = "mask",  # for messages
 ) -> Bool[np.ndarray, "h w"]:
@@ -55,9 +55,10 @@ def check_mask(
         raise ShapeError(what, f"shape {mask.shape}", f"{tuple(shape[:2])}, the photo's height and width", "Draw the mask on the photo as it is; a mask of another size cannot be placed.")
     if mask.dtype.kind not in "bui" and not (mask.dtype.kind == "f" and np.isfinite(mask).all()):
         raise ShapeError(what, f"{mask.dtype}", "bool, whole numbers or finite numbers", "Pass mask > 0.")
-    made = mask.astype(bool) if mask.dtype.kind != "u" or mask.max(initial=0) < 2 else mask > 127
+    border = 0.5 if mask.max(initial=0) <= 1 else 127
+    made = mask > border
     if not made.any():
-        raise InputError(what, "no pixel in it", "one pixel or more", "An empty mask leaves nothing to do: mark what shall change.")
+        raise InputError(what, f"no pixel above {border:g}; its largest is {float(mask.max(initial=0)):.3g}" if mask.any() else "no pixel in it", "one pixel or more", "An empty mask leaves nothing to do: mark what shall change.")
     if made.all():
         raise InputError(what, "every pixel in it", "one pixel or more outside", "Leave something of the photo: the network continues what it sees.")
     return made
