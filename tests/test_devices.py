@@ -18,7 +18,7 @@ from facelab.gptface.guidance import Guidance
 from facelab.gptface.guidance_toy import ToyTraining, train_toy
 from facelab.gptface.head_tables import masked_codes, masked_words
 from facelab.gptface.model import GPTFaceConfig, build_gptface
-from facelab.gptface.pairs import encode_images
+from facelab.gptface.pairs import encode_images, encoder_of
 from facelab.gptface.pretrain import Pretraining, TokenSet, held_out, pair_stream, pretrain
 from facelab.gptface.regions import ParserTraining, part_overlap, train_parser
 from facelab.gptface.rivals import RIVALS, Rival, RivalConfig, RivalData, train_rival
@@ -26,7 +26,7 @@ from facelab.gptface.small_gptface import pretrain_small
 from facelab.gptface.tagging import rank_by_clip, rank_by_mask, rank_by_match, rank_by_template
 from facelab.gptface.tokens import Vocabulary, text_ids
 from facelab.gptface.vqgan_training import VQGANTraining, reconstruction, train_vqgan
-from facelab.lab.batches import Share
+from facelab.lab.batches import Items, Share
 from facelab.lab.train import Step, TrainResult
 from facelab.nets.codec import VQGANConfig
 from facelab.nets.parser import UNetParser
@@ -54,8 +54,14 @@ def rival(method, device="auto", steps=3):
     return train_rival(RivalConfig(method, 32, 8, 1, 16, 2, 16, classes=2, codes=6, words=len(VOCAB), text=12), FOUND, steps, 4, device=device, progress=False)[0]
 
 
+def rival_from_stream(method, device):
+    config, vqgan = RivalConfig(method, 32, 8, 1, 16, 2, 16, classes=2, codes=6, words=len(VOCAB), text=12), VQGAN(CODEC).eval()
+    source = Items(8, lambda at, rng: (IMAGES[at], at % 2)) if method == "vit" else pair_stream(list(zip(IMAGES, CAPTIONS)), VOCAB, LAYOUT)
+    return train_rival(config, source, 3, 4, device=device, progress=False, encode=encoder_of(vqgan))[0]
+
+
 def streamed(device):
-    model, codec = gptface(), VQGAN(CODEC).eval()  # the tokenizer is the user's, and stays where it is
+    model, codec = gptface(), VQGAN(CODEC).eval()  # a tokenizer that stays where it is
     pretrain(Pretraining(3, 4, warmup=0, device=device), model, pair_stream(list(zip(IMAGES, CAPTIONS)), VOCAB, LAYOUT), codec.token_ids, progress=False)
     return model
 
@@ -86,6 +92,7 @@ TRAININGS = {  # name: (module whose `train` is called, call -> the network that
     "gptface.train_vqgan": ("gptface.vqgan_training", codec),
     **{f"gptface.train_rival, {method}": ("gptface.rivals", lambda device, method=method: rival(method, device)) for method in RIVALS},
 }
+TRAININGS |= {f"gptface.train_rival, {method}, stream": ("gptface.rivals", lambda device, method=method: rival_from_stream(method, device)) for method in RIVALS}
 ON_THE_CPU = {  # trainings that say that they stay there
     "gptface.train_heads": ("gptface.few_shot", lambda: train_heads({"a": torch.rand(8, 4)}, torch.arange(8) % 2, 2, HeadTraining(3, 4))["a"]),
     "gptface.train_toy": ("gptface.pretrain", lambda: train_toy(ToyTraining(1, 16, 2, steps=4, batch=4, pairs=20))[0]),

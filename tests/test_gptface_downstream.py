@@ -1,28 +1,39 @@
 """GPTFace's pairs, rivals, heads and tags: slow twins, other forms of the same files, bad input."""
 
 import csv
+import socket
 import tarfile
 from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from facelab.data.celeba import write_celeba
+from facelab.data.laion_face import PARTS_20M
 from facelab.data.raf_db import write_raf_db
 from facelab.data.reading import subset_rows
 from facelab.data.world import generate
 from facelab.gptface.few_shot import HeadTraining, answers_of, celeba_faces, head_scores, raf_faces, train_head, train_heads
+from facelab.gptface.model import GPTFaceConfig, build_gptface, load_gptface
 from facelab.gptface.objective import MilmItm
-from facelab.gptface.pairs import keywords, read_pairs, write_pairs
-from facelab.gptface.pretrain import far_texts
-from facelab.gptface.pretraining_stages import rate_of
-from facelab.gptface.rivals import RIVALS, RivalConfig, RivalData, load_rival, save_rival, train_rival
+from facelab.gptface.pairs import captions_of, encoder_of, keywords, laion_stream, read_pairs, stream_parts, web_vocabulary, write_pairs
+from facelab.gptface.pretrain import Pretraining, far_texts, pair_stream, pretrain
+from facelab.gptface.pretraining_stages import once, prepare, rate_of, run_train
+from facelab.gptface.rivals import RIVALS, Rival, RivalConfig, RivalData, contrast_loss, load_rival, save_rival, train_rival
 from facelab.gptface.tagging import GRADED, UNRELATED, average_precision, ndcg, read_ratings
-from facelab.lab.errors import InputError, Skipped
+from facelab.gptface.tokens import Vocabulary
+from facelab.lab.batches import Share
+from facelab.lab.errors import AssetError, InputError, Skipped
 from facelab.lab.ledger import Check
 from facelab.lab.paths import root
 from facelab.lab.profile import profile_values
+from facelab.lab.run import Job
+from facelab.nets.codec import VQGANConfig
+from facelab.nets.vqgan import VQGAN
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +204,145 @@ def test_claims_ask_for_rows_that_stages_write():
     own = [check for check in found if check.stage in scope["records"]]
     missing = [f"{check.stage}: {check.method}, {check.metric}" for check in own if check.row(scope["records"]) is None]
     assert len(found) > 8 and not missing
+
+
+# ---- streams, and many processes ----------------------------------------------------------------------------------------------------------------
+
+
+def clip_batch():
+    rng = torch.Generator().manual_seed(3)
+    text = torch.randint(1, 9, (8, 5), generator=rng)
+    text[:, 3:] = 0
+    text[2, 3], text[5] = 7, text[1]  # one is longer; two are equal, on different processes
+    torch.manual_seed(0)
+    return Rival(RivalConfig("clip", 16, 8, 1, 16, 2, 16, words=9, text=5)), torch.rand(8, 3, 16, 16, generator=rng), text
+
+
+def contrast_of(net, images, text):
+    loss = contrast_loss(net, images, text)
+    return [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)]
+
+
+def contrast_part(rank, world, port, folder):
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    net, images, text = clip_batch()
+    rows = slice(rank * 4, rank * 4 + 4)
+    found = [torch.zeros_like(w) if g is None else g for w, g in zip([torch.zeros(()), *net.parameters()], contrast_of(net, images[rows], text[rows]))]
+    for value in found:  # as the training loop averages
+        dist.all_reduce(value)
+        value /= world
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_captions_of_all_processes_are_negatives(tmp_path):
+    "Two processes with half of the batch each: loss and gradients of the whole."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(contrast_part, (2, port, str(tmp_path)), nprocs=2)
+    net, images, text = clip_batch()
+    whole, halves = contrast_of(net, images, text), contrast_of(net, images[:4], text[:4])
+    for part in (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)):
+        assert all(torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=1e-6) for a, b in zip(part, whole))
+        assert not torch.allclose(part[0], halves[0], atol=1e-3)
+
+
+def test_laion_stream_feeds_all_pretrainings(tmp_path, items):
+    "From tars, without holding them: sharded, counted, encoded."
+    write_pairs(tmp_path / "laion", items, 1.0)
+    first = next((tmp_path / "laion").rglob("*.tar"))
+    first.write_bytes(first.read_bytes().replace(items[0].jpeg, bytes(len(items[0].jpeg))))  # one picture is broken
+    vocab = web_vocabulary(captions_of(tmp_path / "laion", 100), 200)
+    layout = vocab.layout(6, 4, 4, 12)
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=8, embed_dim=8, n_embed=6, groups=4)).eval().requires_grad_(False)
+    opened = lambda: pair_stream(laion_stream(tmp_path / "laion", 8, lists=0.5), vocab, layout)
+
+    def learn(steps, scratch=None):
+        source, model = opened(), build_gptface(GPTFaceConfig(layout, 1, 16, 2, 24))
+        done = pretrain(Pretraining(4, 4, warmup=0, save_every=2, threads=1, device="cpu"), model, source, encoder_of(vqgan), scratch=scratch, callbacks=[lambda run: run.stop("enough") if run.step == steps else None], progress=False)
+        return source, model, done
+
+    source, whole, done = learn(4)
+    assert source.left_out.reasons and len(done.curve) and done.steps == 4
+    images, text = next(opened().batches(None, Share(4, 0)))[0]
+    assert images.shape == (4, 3, 8, 8) and images.dtype == torch.uint8 and text.shape == (4, 12)
+    for method in ("mae", "clip", "beit", "farl"):
+        config = RivalConfig(method, 8, 2, 1, 16, 2, 16, codes=6, words=len(vocab), text=12)
+        net, curve = train_rival(config, opened(), 2, 4, encode=encoder_of(vqgan), accumulate=2, precision="no", device="cpu", progress=False)
+        assert not net.training and np.isfinite(curve["rival/loss"]).all()
+    with pytest.raises(InputError, match="without encode"):
+        train_rival(config, opened(), 2, 4, progress=False)
+    with pytest.raises(InputError, match="at least one a lane"):
+        next(opened().batches(None, Share(6, 0, 0, 3)))
+
+
+def test_codes_do_not_depend_on_the_precision_of_the_network():
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=8, embed_dim=8, n_embed=64, groups=4)).eval()
+    images, encode = torch.rand(4, 3, 16, 16), encoder_of(vqgan)
+    with torch.autocast("cpu", torch.bfloat16):
+        half, coarse = encode(images), vqgan.token_ids(images)
+    assert torch.equal(half, vqgan.token_ids(images)) and not torch.equal(coarse, half)
+
+
+@pytest.mark.parametrize("said", ["", "some", "1;2", "-1"])
+def test_streams_of_no_parts(said):
+    with pytest.raises(InputError, match="20M"):
+        stream_parts(said)
+
+
+class Here(Job):
+    "A job whose folders are the test's."
+
+    def checkpoint(self):
+        return Path(self.values["here"]) / self.stage
+
+    def scratch(self):
+        return Path(self.values["here"]) / "scratch"
+
+
+def test_the_paper_recipe_runs_from_tars(tmp_path, items, monkeypatch):
+    "All six, with a vocabulary of BERT's form, from a stream: no picture is kept, what is broken is told."
+    write_pairs(tmp_path / "laion", items, 1.0), write_celeba(tmp_path / "people", items)
+    first = next((tmp_path / "laion").rglob("*.tar"))
+    first.write_bytes(first.read_bytes().replace(items[0].jpeg, bytes(len(items[0].jpeg))))
+    torch.manual_seed(0)
+    VQGAN(VQGANConfig(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=8, embed_dim=8, n_embed=6, groups=4)).save(tmp_path / "vqgan")
+    Vocabulary.learn([item.caption for item in items] + ["tags: a, b"], 150).write(tmp_path / "bert")
+    values = dict(seed=0, threads=1, workers=1, laion=str(tmp_path / "laion"), labelled=str(tmp_path / "people"), pairs=0, size=32, words=90, vqgan=str(tmp_path / "vqgan"), layers=1, width=16, heads=2, ffn_dim=16, steps=3, batch=4, rate=1e-3, rival_rate=1e-3, rival_batch=4,
+                  lessons="0, 0", recipe="paper", methods=", ".join(("gptface", *RIVALS)), device="cpu", vocab=str(tmp_path / "bert"), stream="0, 1", precision="bf16", accumulate=2, here=str(tmp_path))  # fmt: skip
+    monkeypatch.setattr("facelab.gptface.pretraining_stages.read_pairs", None)
+    out = run_train(Here("gptface-train", "paper", values))
+    assert not (tmp_path / "scratch" / "prepared" / "prepared.safetensors").exists()
+    model, words = load_gptface(tmp_path / "gptface-train" / "gptface")
+    assert len(words) == len(Vocabulary.read(tmp_path / "bert")) and model.config.layout.rows == 8
+    assert {load_rival(tmp_path / "gptface-train" / f"{name}.safetensors").config.method for name in RIVALS} == set(RIVALS)
+    settings = out.tables["settings"].set_index("method")
+    assert settings.loc["GPTFace", "pictures"] == 12 and settings.loc["GPTFace", "epochs"] == 2.0 and settings.loc["ViT", "pictures"] == 4
+    assert any(note.startswith("GPTFace: ") and "left out" in note for note in out.notes)
+    with pytest.raises(InputError, match="recipe paper"):
+        run_train(Here("gptface-train", "paper", values | {"recipe": "small"}))
+    with pytest.raises(AssetError, match="uncased"):
+        run_train(Here("gptface-train", "paper", values | {"vocab": "nowhere/vocab.txt"}))
+    learnt = prepare(Here("gptface-train", "paper", values | {"vocab": "", "words": 100}), tmp_path / "words")
+    assert learnt == 12 and len(Vocabulary.read(tmp_path / "words")) <= 100
+
+
+def test_one_process_prepares(monkeypatch):
+    job, done = Here("gptface-train", "paper", {"device": "cpu"}), []
+    assert once(job, lambda: done.append(1) or 7) == 7
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for main, expected in ((True, 2), (False, 2)):
+        monkeypatch.setattr("facelab.gptface.pretraining_stages.make_accelerator", lambda precision, device: SimpleNamespace(is_main_process=main))  # noqa: B023
+        monkeypatch.setattr("facelab.gptface.pretraining_stages.from_main", lambda value, accelerator: 7)
+        assert once(job, lambda: done.append(1) or 7) == 7 and len(done) == expected
+
+
+def test_the_paper_profile_is_the_papers():
+    values = profile_values("gptface-train", "paper")
+    assert (values["stream"], values["precision"], values["vocab"]) == ("20M", "bf16", "assets/bert-base-uncased") and "vit" in values["methods"] and values["labelled"]
+    assert stream_parts(values["stream"]) == PARTS_20M
+    for name in ("smoke", "mini"):
+        assert [profile_values("gptface-train", name)[key] for key in ("stream", "precision", "vocab", "accumulate")] == ["", "no", "", 1]

@@ -8,8 +8,8 @@ __all__ = ['Encode', 'Rise', 'TokenSet', 'token_set', 'picture', 'collate_pairs'
 
 # %% ../../nbs/gptface/40_pretrain.ipynb #imports
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from .masking import Masking, draw_hidden, hide
 from .model import GPTFace
 from .objective import MilmItm, milm, pretrain_losses
 from .tokens import TokenLayout, Vocabulary, join, text_ids
+from ..lab.batches import Source
 from ..lab.errors import InputError, ShapeError
 from ..lab.schedule import check_steps
 from ..lab.train import Every, Items, Player, Step, Stream, TrainConfig, TrainResult, Training, train
@@ -99,16 +100,19 @@ def collate_pairs(
 
 
 def pair_stream(
-    pairs: Iterable | Callable[[int, int, int, int], Iterator],  # of (image, caption)
+    pairs: Any,  # an iterable of (image, caption); a function (seed, epoch, rank, world) -> such; or a source whose samples they are, as `facelab.gptface.pairs.laion_stream` gives it
     vocab: Vocabulary,
     layout: TokenLayout,
-) -> Stream:
+) -> Source:
     "A stream of pairs as a source of the training loop."
+    together = partial(collate_pairs, vocab=vocab, layout=layout)
+    if hasattr(pairs, "collate"):
+        return replace(pairs, collate=together)
 
     def opened(seed: int, epoch: int, rank: int, world: int) -> Iterator:
         return iter(pairs(seed, epoch, rank, world)) if callable(pairs) else islice(iter(pairs), rank, None, world)
 
-    return Stream(opened, partial(collate_pairs, vocab=vocab, layout=layout))
+    return Stream(opened, together)
 
 # %% ../../nbs/gptface/40_pretrain.ipynb #config
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ def pretrain_loss(
 def pretrain(
     config: Pretraining,
     model: GPTFace,  # trained in place
-    data: TokenSet | Stream,  # `token_set` or `pair_stream`
+    data: TokenSet | Source,  # `token_set` or `pair_stream`
     encode: Encode | None = None,  # images to codes, for a stream
     val: TokenSet | None = None,  # pairs to look at, not trained on
     starts: Bool[Tensor, "k"] | None = None,  # Vocabulary.starts_word: spans of whole words

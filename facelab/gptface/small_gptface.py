@@ -200,11 +200,13 @@ def lesson(
     seed: int,
     threads: int | None,
     device: str = "auto",
+    accumulate: int = 1,
+    precision: str = "no",
 ) -> Pretraining:
     "One of the lessons as a configuration."
     at = LESSONS.index(which)
     masking = Masking(ImageBudget(0.15, 0.05, max(1, steps // 11), 0.65) if which == "told" else ImageBudget(0.5, 0, 1, 0.5), text_ratio=SharedHiding.pieces)
-    return Pretraining(steps, batch, rate / 2 if which == "all" else rate, 0.2, min(20, steps // 4), (0.15, 0.3, 0.05)[at], (0.9, 0.99), 0.05, masking=masking, seed=seed + at, threads=threads, device=device, log_every=max(1, steps // 20))
+    return Pretraining(steps, batch, rate / 2 if which == "all" else rate, 0.2, min(20, steps // 4), (0.15, 0.3, 0.05)[at], (0.9, 0.99), 0.05, masking=masking, seed=seed + at, threads=threads, device=device, accumulate=accumulate, precision=precision, log_every=max(1, steps // 20))
 
 
 def lesson_loss(
@@ -246,6 +248,8 @@ def pretrain_small(
     scratch: Path | None = None,  # folder of the checkpoints
     progress: bool = True,
     device: str = "auto",
+    accumulate: int = 1,  # micro-batches of a step
+    precision: str = "no",  # no, fp16 or bf16
 ) -> pd.DataFrame:  # the curve; steps go on from lesson to lesson
     "Pre-train a small GPTFace in three lessons."
     if len(steps) != 3 or min(steps) < 0 or not any(steps):
@@ -254,7 +258,7 @@ def pretrain_small(
     for which, count in zip(LESSONS, steps):
         if not count:
             continue
-        data, config = pairs if which == "all" else told, lesson(which, count, batch, rate, seed, threads, device)
+        data, config = pairs if which == "all" else told, lesson(which, count, batch, rate, seed, threads, device, accumulate, precision)
         done = pretrain(config, model, data, scratch=None if scratch is None else scratch / which, facts=[which, *steps, asdict(how)], label=f"GPTFace, {which}", progress=progress, loss_fn=lesson_loss(which, config, data, vocab, how))
         curves.append(done.curve.assign(step=done.curve["step"] + before, lesson=which))
         before += count

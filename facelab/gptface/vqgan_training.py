@@ -259,7 +259,7 @@ def train_vqgan(
     if isinstance(data, Tensor):
         if data.dtype != torch.uint8 or data.ndim != 4 or data.shape[1] not in (3, 4) or data.shape[2] % config.net.factor or data.shape[3] % config.net.factor:
             raise ShapeError("train_vqgan", f"{data.dtype} of shape {tuple(data.shape)}", f"uint8 (n, 3, h, w), sides multiples of {config.net.factor}", "Resize the pictures; keep them in bytes.")
-        source, facts = picture_source(data), [facts, int(data.long().sum())]
+        source, facts = picture_source(data), [facts, int(data.sum(dtype=torch.int64))]
     distance = open_perceptual(config.perceptual)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
