@@ -10,7 +10,8 @@ from facelab.my3dgen.base_quality import as_images, face_share, held_out_heads, 
 from facelab.my3dgen.distillation import draw_from
 from facelab.my3dgen.eg3d_base import open_eg3d
 from facelab.my3dgen.head_mesh import orbit_labels, save_head, turntable
-from facelab.my3dgen.own_photos import check_label, fit_pose, own_photo
+from facelab.my3dgen.own_photos import fit_pose, own_photo
+from facelab.my3dgen.portraits import Portraits, check_label
 from facelab.data.views import PIVOT, Actor, label_of, orbit_view, shoot
 from facelab.nets.view_losses import picture_psnr
 from facelab.nets.volume import camera_rays
@@ -72,7 +73,7 @@ def test_simulator_depth_and_label_give_the_same_points_from_two_sides(actor):
     assert near.median() < 0.015  # units: 5 mm; a pixel is 9 mm apart at 32 rays
 
 
-@pytest.mark.parametrize("part", ["rotation", "mirror", "intrinsics", "nan", "short", "away"])
+@pytest.mark.parametrize("part", ["rotation", "mirror", "intrinsics", "nan", "short", "away", "columns", "opengl", "far"])
 def test_bad_labels_are_refused(part):
     label = label_of(orbit_view(0.3))
     if part == "rotation":
@@ -85,10 +86,30 @@ def test_bad_labels_are_refused(part):
         label[3] = np.nan
     elif part == "short":
         label = label[:16]
+    elif part == "columns":
+        label[:16] = label[:16].reshape(4, 4).T.ravel()
+    elif part == "opengl":
+        label[[1, 5, 9, 2, 6, 10]] *= -1
+    elif part == "far":
+        label[[3, 7, 11]] *= 10
     else:
         label[[3, 7, 11]] *= -1
     with pytest.raises(ShapeError):
         check_label(label)
+    photo, good = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), label_of(orbit_view(0.3))
+    some = Portraits.of([photo, photo], [label, good], 64)
+    assert some.names == ("photo 1",) and len(some.skipped) == 1
+    if part in ("opengl", "far", "away"):  # a camera all the same, of something else
+        assert len(Portraits.of([photo, photo], [label, good], 64, head=False)) == 2
+
+
+def test_a_generator_refuses_what_is_no_rotation(base):
+    ws = base.mapping(torch.zeros(1, 64))
+    for at, factor in ((0, 3.0), (slice(0, 16, 4), -1.0), (5, 0.0)):
+        label = torch.from_numpy(label_of(orbit_view(0.3)))[None]
+        label[0, at] *= factor
+        with pytest.raises(ShapeError, match="rotation"):
+            base.synthesis(ws, label)
 
 
 @pytest.mark.parametrize("yaw", [-0.7, 0.0, 0.7])

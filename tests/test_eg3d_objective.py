@@ -159,7 +159,7 @@ def toy_data(count=16):
     label = torch.cat([torch.diag(torch.tensor([1.0, -1, -1, 1])).flatten(), torch.tensor([4.2647, 0, 0.5, 0, 4.2647, 0.5, 0, 0, 1])])
     label[11] = 2.7
     draw = torch.Generator().manual_seed(0)
-    return 0.3 * torch.randn(count, 3, 16, 16, generator=draw), label + 0.01 * torch.randn(count, 25, generator=draw) * (label != 0)
+    return 0.3 * torch.randn(count, 3, 16, 16, generator=draw), label + 0.01 * torch.randn(count, 25, generator=draw) * (label != 0) * (torch.arange(25) > 15)
 
 
 def play(steps, scratch=None, how=FAST, callbacks=(), **more):
@@ -189,6 +189,24 @@ def test_killed_training_goes_on_with_the_same_bits(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
     assert done.curve.equals(whole[2].curve)
     assert all(torch.equal(a, b) for a, b in zip(done.state_dict("generator").values(), whole[2].state_dict("generator").values()))
+
+
+def test_each_head_has_a_pose_swapped_or_not(monkeypatch):
+    import facelab.nets.eg3d_objective as page
+
+    torch.manual_seed(0)
+    models = {"generator": Generator(replace(TOY, backbone=replace(TOY.backbone, c_dim=25))), "judge": DualDiscriminator(DiscriminatorConfig(16, channel_base=64, channel_max=8, group=2))}
+    images, cams = toy_data()
+    turns, seen, told = Turns(replace(FAST, swap=0.5, swap_fade=0.0), cams), [], page.told_cameras
+    monkeypatch.setattr(page, "told_cameras", lambda cam, chance, draws: (seen.append(draws < chance), told(cam, chance, draws))[1])
+    for n in range(12):
+        step = Step(n, 12, "any", 0, Share(16), torch.device("cpu"), (0, n, 0, 0))
+        for phase in (turns.generator, turns.judge, turns.smooth):
+            phase(models, (images, cams), step)
+    for name, swapped in (("generator", seen[0::3]), ("judge", seen[1::3])):
+        assert all(part.shape == (16, 1) for part in swapped), name
+        assert 0.35 < torch.cat(swapped).float().mean() < 0.65 and sum(0 < part.float().mean() < 1 for part in swapped) > 10, name
+    assert all(part.shape == (1, 1) for part in seen[2::3])
 
 
 def test_the_discriminator_learns_to_tell():

@@ -114,6 +114,26 @@ def test_rows_of_a_batch_are_renders_of_their_own(small, numbers, planes):
     assert gap(both.raw[:1], numbers["mid.image_raw"][:1]) < 3e-4 and gap(both.raw[1], both.raw[0]) > 0.05
 
 
+def test_limits_of_the_box_are_those_of_the_whole_batch(monkeypatch):
+    import facelab.nets.volume as volume
+
+    torch.manual_seed(0)
+    net = Generator(replace(SMALL, volume=replace(SMALL.volume, near=None, far=None), neural_size=16)).eval()
+    cam = torch.tensor([1.0, 0, 0, 0, 0, -1, 0, 0, 0, 0, -1, 2.7, 0, 0, 0, 1, 1.6, 0, 0.5, 0, 1.6, 0.5, 0, 0, 1]).repeat(2, 1)  # a wide lens: half of the rays miss the box
+    cam[1, 11] = 2.2
+    planes = net.planes(net.mapping(torch.randn(2, 32), torch.zeros(2, 25)))
+    whole = net.features(planes, cam)
+    assert whole[0].requires_grad
+    monkeypatch.setattr(volume, "PORTION", 50)
+    with torch.no_grad():
+        parts = net.features(planes, cam)
+    assert all(gap(a.detach(), b) < 1e-5 for a, b in zip(whole, parts))
+    (o, d), (near, far) = camera_rays(cam, 16), volume.box_limits(*camera_rays(cam, 16), 1.0)
+    walls = torch.stack([(-0.5 - o) / d, (0.5 - o) / d]).sort(0).values
+    hit = (walls[0].amax(-1) < walls[1].amin(-1))[..., None]
+    assert 0 < hit.sum() < hit.numel() and (near[~hit] == near[hit].min()).all() and (far[~hit] == near[hit].max()).all()
+
+
 def test_gradients_reach_styles_weights_and_camera(small, numbers):
     ws, cam = numbers["ws"][:1].clone().requires_grad_(), numbers["c"][:1].clone().requires_grad_()
     image = small.synthesis(ws, cam, neural_size=16).raw

@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..face.camera import Camera
 from ..lab.errors import InputError, ShapeError, Skipped
 from ..lab.files import read_json
 from ..lab.images import read_image
@@ -45,16 +44,25 @@ def as_photo(
 # %% ../../nbs/my3dgen/40_portraits.ipynb #label
 def check_label(
     label: Any,  # 25 numbers
+    head: bool = True,  # it looks at a head about the origin; False: at anything, from anywhere
+    what: str = "camera label",  # for messages
 ) -> Float[Tensor, "25"]:
-    "EG3D's camera label. Raises `ShapeError` where it is not finite, no rotation, or without a lens."
-    cam = torch.as_tensor(np.asarray(label, dtype=np.float32)).reshape(-1)
-    if cam.shape != (25,) or not torch.isfinite(cam).all():
-        raise ShapeError("camera label", f"{cam.numel()} numbers" + ("" if torch.isfinite(cam).all() else ", some not finite"), "25 finite numbers", "16 of camera to world, row by row, then 9 of the intrinsics.")
-    Camera.from_eg3d(cam[None])
-    turn = cam[:16].view(4, 4)[:3, :3]
-    if torch.linalg.det(turn) < 0 or min(cam[16], cam[20]) <= 0:
-        raise ShapeError("camera label", f"determinant {float(torch.linalg.det(turn)):.2g}, focal lengths {float(cam[16]):.3g} and {float(cam[20]):.3g}", "a rotation (determinant 1) and positive focal lengths", "A mirrored label: negate the second and third column of the rotation, as EG3D's preparation does.")
-    return cam
+    "EG3D's camera label. Raises `ShapeError` where the numbers are no camera that looks at a head, saying which part is wrong."
+    numbers, needed = np.asarray(label, np.float64), "16 numbers of camera to world, row by row, then 9 of intrinsics in picture widths"
+    if numbers.shape != (25,) or not np.isfinite(numbers).all():
+        raise ShapeError(what, f"shape {numbers.shape}" + ("" if numbers.shape != (25,) else " with values that are not finite"), "25 finite numbers", "Take one row of dataset.json, not of cameras.json.")
+    pose, k = numbers[:16].reshape(4, 4), numbers[16:].reshape(3, 3)
+    turn, eye = pose[:3, :3], pose[:3, 3]
+    off = float(np.abs(turn @ turn.T - np.eye(3)).max())
+    if off > 1e-3 or np.linalg.det(turn) < 0 or not np.allclose(pose[3], (0, 0, 0, 1), atol=1e-4):
+        raise ShapeError(what, f"a rotation {off:.2g} off orthonormal, determinant {np.linalg.det(turn):.2g}, last row {pose[3].round(3).tolist()}", needed, "Is the matrix world-to-camera, mirrored, or column by column?")
+    if not (0.2 < k[0, 0] < 50 and 0.2 < k[1, 1] < 50 and abs(k[0, 1]) < 1e-3 and np.allclose(k[2], (0, 0, 1), atol=1e-4) and np.allclose(k[1, 0], 0, atol=1e-4) and 0 < k[0, 2] < 1 and 0 < k[1, 2] < 1):
+        raise ShapeError(what, f"intrinsics {k.round(3).tolist()}", needed, "Divide focal length and centre by the picture's width: FFHQ's are 4.2647 and 0.5.")
+    away = float(np.linalg.norm(eye))
+    ahead = float(turn[:, 2] @ -eye / max(away, 1e-9))
+    if head and (not 0.5 < away < 20 or ahead < 0.8):
+        raise ShapeError(what, f"a camera {away:.2f} units away that looks {np.degrees(np.arccos(np.clip(ahead, -1, 1))):.0f} degrees past the origin", "a camera that looks at the head", "OpenCV's axes: x right, y down, z forward; 2.7 units is usual. head=False takes any camera.")
+    return torch.from_numpy(numbers).float()
 
 # %% ../../nbs/my3dgen/40_portraits.ipynb #portraits
 @dataclass(frozen=True, eq=False)
@@ -77,15 +85,15 @@ class Portraits:
         return Portraits(self.images[rows], self.cams[rows], tuple(self.names[k] for k in rows), self.skipped)
 
     @classmethod
-    def of(cls, pictures: Sequence[Any], labels: Sequence[Any], size: int, names: Sequence[str] | None = None) -> "Portraits":
-        "Photos and labels side by side. Raises `InputError` where the numbers of both differ, or none can be used."
+    def of(cls, pictures: Sequence[Any], labels: Sequence[Any], size: int, names: Sequence[str] | None = None, head: bool = True) -> "Portraits":
+        "Photos and labels side by side; `head` as in `check_label`. Raises `InputError` where the numbers of both differ, or none can be used."
         names = [f"photo {k}" for k in range(len(pictures))] if names is None else list(names)
         if not len(pictures) == len(labels) == len(names):
             raise InputError("photos", f"{len(pictures)} photos, {len(labels)} labels, {len(names)} names", "as many of each", "Give one camera label for each photo.")
         kept, skipped = [], Skipped()
         for name, picture, label in zip(names, pictures, labels):
             try:
-                kept.append((as_photo(picture, size), check_label(label), name))
+                kept.append((as_photo(picture, size), check_label(label, head), name))
             except (InputError, ValueError, TypeError) as error:
                 skipped.add(name, InputError(name, str(error), "a photo with its label", "It is left out.") if not isinstance(error, InputError) else error)
         if not kept:
@@ -94,8 +102,8 @@ class Portraits:
         return cls(torch.stack(images), torch.stack(cams), tuple(names), skipped)
 
     @classmethod
-    def read(cls, folder: str | Path, size: int) -> "Portraits":
-        "A folder in EG3D's layout."
+    def read(cls, folder: str | Path, size: int, head: bool = True) -> "Portraits":
+        "A folder in EG3D's layout; `head` as in `check_label`."
         folder = Path(folder)
         held = read_json(folder / "dataset.json")
         rows = held.get("labels") if isinstance(held, dict) else None
@@ -114,7 +122,7 @@ class Portraits:
                 skipped.add(name, error)
         if not pictures and skipped:
             raise InputError(folder, f"no photo that can be read ({skipped.items[0][1]})", "one photo or more", "Look at the names in dataset.json.")
-        made = cls.of(pictures, labels, size, names)
+        made = cls.of(pictures, labels, size, names, head)
         made.skipped.items[:0] = skipped.items
         return made
 

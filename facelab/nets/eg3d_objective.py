@@ -168,13 +168,13 @@ class Turns:
             raise ShapeError("cameras of the data", f"shape {tuple(cams.shape)}", "(n, 25) finite numbers, one row or more", "Give the labels of the data set.")
         self.how, self.cams, self.names = how, cams, names
 
-    def drawn(self, models: Any, step: Step, track: bool) -> tuple[Tensor, Tensor, torch.Generator, int]:
-        "Styles of new heads, their cameras, what draws the rest, and pictures seen."
+    def drawn(self, models: Any, step: Step, track: bool, together: bool = False) -> tuple[Tensor, Tensor, torch.Generator, int]:
+        "Styles of new heads, their cameras, what draws the rest, and pictures seen; poses are swapped one by one, or `together`."
         random = torch.Generator(device=step.device).manual_seed(step.seed_from(5, step.share.rank))
         rows, seen = step.share.rows, step.number * step.share.batch
         z = step.noise(models[self.names[0]].config.backbone.z_dim)
         cams = self.cams.to(step.device)[torch.randint(len(self.cams), (rows,), generator=random, device=step.device)]
-        draws = torch.rand(1 if not track else rows, 1, generator=random, device=step.device)
+        draws = torch.rand(1 if together else rows, 1, generator=random, device=step.device)
         ws = models[self.names[0]].mapping(z, told_cameras(cams, swap_chance(self.how, seen), draws), track=track)
         return ws, cams, random, seen
 
@@ -197,7 +197,7 @@ class Turns:
 
     def smooth(self, models: Any, batch: Any, step: Step) -> dict[str, Tensor]:
         "The generator's density."
-        ws, _, random, _ = self.drawn(models, step, False)
+        ws, _, random, _ = self.drawn(models, step, False, together=True)
         net = models[self.names[0]]
         terms = density_loss(net, net.planes(ws, self.how.noise), density_draws(len(ws), self.how, random), self.how)
         return {"loss": sum(terms) * self.how.density_every, "density": terms[1]}

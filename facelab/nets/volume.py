@@ -48,10 +48,14 @@ def camera_rays(
     cam: Float[Tensor, "b 25"],  # EG3D's labels
     size: int,  # rays a side
 ) -> tuple[Float[Tensor, "b m 3"], Float[Tensor, "b m 3"]]:  # where rays begin and where they go, world units; m = size^2
-    "One ray a pixel. Raises `ShapeError` for labels of another length or with numbers that are not finite."
-    if cam.ndim != 2 or cam.shape[1] != 25 or not torch.isfinite(cam.detach()).all():
-        raise ShapeError("camera label", f"shape {tuple(cam.shape)}" + ("" if cam.shape[1:] != (25,) else " with values that are not finite"), "(b, 25) finite numbers", "Use Camera.pack(): 16 numbers of camera to world, 9 of intrinsics.")
+    "One ray a pixel. Raises `ShapeError` for labels of another length, with numbers that are not finite, or whose rotation is none."
+    if cam.ndim != 2 or cam.shape[1] != 25:
+        raise ShapeError("camera label", f"shape {tuple(cam.shape)}", "(b, 25) numbers", "Use Camera.pack(): 16 numbers of camera to world, 9 of intrinsics.")
     pose, k = cam[:, :16].view(-1, 4, 4), cam[:, 16:].view(-1, 3, 3)
+    turn = pose[:, :3, :3].detach().float()
+    off = [(turn.square().sum(2) - 1).flatten(), (torch.linalg.cross(turn[:, 0], turn[:, 1]) - turn[:, 2]).flatten(), 0 * cam.detach().float().flatten()]
+    if not bool((torch.cat(off).abs() < 0.05).all()):  # one question to the device; nothing that is not finite is below
+        raise ShapeError("camera label", "values that are not finite" if not torch.isfinite(cam).all() else f"rotations of which one is {float(torch.cat(off).abs().max()):.2g} off", "finite numbers, rows of length 1 at right angles", "Use Camera.pack(): 16 numbers of camera to world, row by row, then 9 of intrinsics.")
     at = (torch.arange(size, device=cam.device, dtype=cam.dtype) + 0.5) / size
     v, u = torch.meshgrid(at, at, indexing="ij")
     u, v = u.reshape(1, -1), v.reshape(1, -1)
@@ -113,11 +117,12 @@ def coarse_depths(
     directions: Float[Tensor, "b m 3"],
     config: VolumeConfig,
     draws: Float[Tensor, "b m d"],
+    limits: tuple[Tensor, Tensor] | None = None,  # of the box, where these are some rays of a picture
 ) -> Float[Tensor, "b m d"]:  # distance along the ray
     "Even samples with jitter (EG3D's sample_stratified)."
     count = config.coarse
     if config.near is None:
-        near, far = (t.detach() for t in box_limits(origins, directions, config.box))
+        near, far = (t.detach() for t in limits or box_limits(origins, directions, config.box))
         steps = near + (far - near) * torch.linspace(0, 1, count).to(near)
         return steps + draws * ((far - near) / (count - 1))
     if config.disparity:
@@ -193,9 +198,10 @@ def march_rays(
     config: VolumeConfig,
     draws: RayDraws,
     guide: Float[Tensor, "b m g"] | None = None,  # depths of the second pass
+    limits: tuple[Tensor, Tensor] | None = None,  # of the box, as for `coarse_depths`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # features, depth with infinity where nothing was met, alpha, smallest and largest depth
     "Both passes over some rays."
-    near = coarse_depths(origins, directions, config, draws.coarse)
+    near = coarse_depths(origins, directions, config, draws.coarse, limits)
     density, logistic = decode_at(table, decoder, origins, directions, near, config)
     if config.fine or guide is not None:
         with torch.no_grad():
@@ -242,12 +248,13 @@ def render_rays(
     draws, table = RayDraws(*(part.to(origins) for part in draws)), plane_table(planes.to(origins.dtype))
     whole = torch.is_grad_enabled() and any(t.requires_grad for t in (planes, origins, directions, *decoder.parameters()))
     step = m if whole or origins.device.type != "cpu" else max(1, PORTION // (b * max(config.coarse, config.fine)))
-    parts = []
+    ends, parts = None if config.near is not None else box_limits(origins, directions, config.box), []
     for at in range(0, m, step):
         some = slice(at, at + step)
         ray = (origins[:, some], directions[:, some])
         with torch.autocast(origins.device.type, enabled=False):  # densities need single precision
-            parts.append(march_rays(table, decoder, *ray, config, RayDraws(draws.coarse[:, some], draws.fine[:, some]), None if guide is None else guide[:, some]))
+            drawn = RayDraws(draws.coarse[:, some], draws.fine[:, some])
+            parts.append(march_rays(table, decoder, *ray, config, drawn, None if guide is None else guide[:, some], ends and tuple(end[:, some] for end in ends)))
     features, depth, alpha = (torch.cat(part, 1) for part in list(zip(*parts))[:3])
     limits = torch.stack([part[3] for part in parts])
     return VolumeRendering(features, depth.clamp(limits[:, 0].min(), limits[:, 1].max()), alpha)
