@@ -12,7 +12,7 @@ from facelab.lab.errors import InputError, ShapeError
 from facelab.lab.files import read_json, write_json
 from facelab.my3dgen.adapter import Adapter, AdapterConfig, base_hash
 from facelab.my3dgen.alpha_space import AlphaStyles, beyond, mix, project_weights, sample_weights
-from facelab.my3dgen.applications import between_cams, edit, interpolate, sample, yaw_cams
+from facelab.my3dgen.applications import between_cams, edit, interpolate, invert_alpha, sample, yaw_cams
 from facelab.my3dgen.directions import Direction, code_score, fit_boundary, move, train_direction, within
 from facelab.my3dgen.likeness import depth_error, psnr, smoothness, ssim
 from facelab.my3dgen.personalize import PersonalConfig, PersonalPrior, render_views
@@ -137,6 +137,21 @@ def test_later_groups(toy, album):
     one = invert(toy, album.images, album.cams, replace(QUICK.inversion, noise=0.0, later=1.0))
     two = invert(toy, album.images, album.cams, replace(QUICK.inversion, noise=0.0, later=0.5))
     assert one.styles[:2].equal(two.styles[:2]) and not one.styles[2].equal(two.styles[2])
+
+
+def test_another_search_in_the_same_folder_is_another(tmp_path, toy, album, prior):
+    quick, photo, cam = replace(QUICK.inversion, steps=8), album.images[:1], album.cams[:1]
+    near, other = prior.anchors[2:], PersonalPrior(toy, prior.adapter, prior.anchors.flip(0) * 0.5, prior.cams)
+    searches = {
+        "hull": lambda **how: invert_alpha(prior, photo, cam, quick, 0.0, **how), "beyond": lambda **how: invert_alpha(prior, photo, cam, quick, 0.6, **how),
+        "near": lambda **how: invert_alpha(prior, photo, cam, quick, 0.6, near=near, **how), "plus": lambda **how: invert_alpha(prior, photo, cam, quick, 0.6, plus=True, **how),
+        "anchors": lambda **how: invert_alpha(other, photo, cam, quick, 0.6, **how), "free": lambda **how: invert(toy, photo, cam, quick, **how), "start": lambda **how: invert(toy, photo, cam, quick, start=near, **how),
+    }  # fmt: skip
+    fresh = {name: search().styles for name, search in searches.items()}
+    for name, search in searches.items():
+        found = search(scratch=tmp_path / ("w" if name in ("free", "start") else "alpha")).styles
+        assert found.equal(fresh[name]), name
+        assert search(scratch=tmp_path / ("w" if name in ("free", "start") else "alpha")).styles.equal(found), "the same again is found again"
 
 
 def test_whole_and_pivotal(toy, album, prior):

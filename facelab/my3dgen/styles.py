@@ -124,7 +124,8 @@ def fit_styles(
     who = Player("styles", loss, ["styles"], lambda groups: torch.optim.Adam(groups, lr=config.rate), ProjectorRamp(config.steps, config.warmup, config.cooldown))
     models = {"styles": styles, "generator": generator} | ({} if adapter is None else {"adapter": adapter.requires_grad_(False)})
     plan = TrainConfig(steps=config.steps, batch=1, seed=seed, keep_frozen=False, log_every=max(1, config.steps // 20), device=device)
-    facts = {"photos": photos, "cams": cams, "config": config, "adapter": None if adapter is None else adapter.state_dict(), "meshes": None if meshes is None else list(meshes)}
+    held = {name: value for name, value in vars(styles).items() if isinstance(value, (int, float, str))}
+    facts = {"photos": photos, "cams": cams, "config": config, "spread": spread, "styles": [type(styles).__name__, held, styles.state_dict()], "adapter": None if adapter is None else adapter.state_dict(), "meshes": None if meshes is None else list(meshes)}
     train(plan, models, [who], None, scratch, facts=facts, label=label)
     if "loss" not in state:  # a finished run was found: ask once
         with torch.no_grad():
