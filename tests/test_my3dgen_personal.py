@@ -1,7 +1,11 @@
 "My3DGen's personal priors: saved and read back, interrupted and gone on, measures by hand, and what is refused."
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,3 +270,39 @@ def test_adapter_of_one_photo(toy, album):
     assert len(one) == 1 and isinstance(one.adapter, Adapter) and torch.isfinite(one.render(one.anchors, one.cams).image).all()
     with pytest.raises(InputError):
         album.pick([])
+
+
+LAUNCHED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import test_my3dgen_personal as t
+from facelab.lab.side_by_side import over_ranks
+
+def one(number, folder):
+    torch.manual_seed(0)
+    toy = t.Generator(t.TOY).eval().requires_grad_(False)
+    cams = t.yaw_cams(t.TOY, [-0.3, 0.0, 0.2])
+    album = t.Portraits(t.shaken(toy, number).synthesis(toy.mapping(torch.randn(3, 8, generator=torch.Generator().manual_seed(1))), cams).image.detach(), cams, ("a", "b", "c"))
+    prior = t.PersonalPrior.personalize(toy, album, t.QUICK, folder + f"/work{{number}}", device="cpu")
+    alone = t.pivotal(toy, album.images[:1], album.cams[:1], prior.anchors[:1], t.replace(t.QUICK.tuning, steps=3, batch=1), device="cpu")
+    return [prior.anchors, *prior.adapter.state_dict().values(), *alone.state_dict().values()]
+
+if __name__ == "__main__":
+    folder, rank = sys.argv[1], __import__("os").environ.get("RANK", "one")
+    held = {{"shared": one(7, folder), "spread": over_ranks(one, [(k, folder) for k in range(3)], device="cpu")}}
+    torch.save(held, f"{{folder}}/{{rank}}.pt")
+"""
+
+
+def test_people_are_spread_over_processes(tmp_path):
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent)))
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for command in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]):
+        subprocess.run([*command, str(script), str(tmp_path)], check=True, env=environ, timeout=300)
+    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "0", "1"))
+    for held in two:
+        assert all(a.equal(b) for a, b in zip(one["shared"], held["shared"]))
+        assert all(a.equal(b) for mine, theirs in zip(one["spread"], held["spread"]) for a, b in zip(mine, theirs))
+    assert not one["spread"][0][0].equal(one["spread"][1][0])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.errors import InputError, ShapeError
+from ..lab.parallel import own_folder
 from .adapter import Adapter, AdapterConfig, base_hash, load_adapter, save_adapter
 from .photo_loss import PhotoLoss
 from .portraits import Portraits
@@ -139,7 +140,7 @@ class PersonalPrior:
         "Invert the photos, then tune the adapter to them."
         if not len(portraits):
             raise InputError("photos", "none", "one or more", "About 50 is the paper's number.")
-        scratch, label, report = None if scratch is None else Path(scratch), about or "person", {}
+        scratch, label, report = None if scratch is None else own_folder(Path(scratch)), about or "person", {}
         if anchors is None:
             found = invert(generator, portraits.images, portraits.cams, config.inversion, scratch=None if scratch is None else scratch / "anchors", seed=seed, label=f"{label}: anchors", device=device, meshes=meshes)
             anchors, report["anchor_loss"] = found.styles, found.loss

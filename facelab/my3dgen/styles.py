@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..lab.errors import InputError, ShapeError
+from ..lab.parallel import alone, own_folder
+from ..lab.batches import Share
 from ..lab.train import Player, Step, TrainConfig, train
 from .adapter import Adapter
 from .photo_loss import PhotoLoss, photo_terms
@@ -108,7 +110,7 @@ def fit_styles(
 ) -> Float[Tensor, "n"]:  # the loss of each photo at the end
     "Move the styles until the photos are met."
     generator.requires_grad_(False).eval()
-    distance, state, given = config.loss.open(), {}, {} if meshes is None else {"views": meshes}
+    distance, state = config.loss.open(), {}
 
     def loss(models, batch, step: Step):
         at, net = step.device, models["generator"]
@@ -117,6 +119,7 @@ def fit_styles(
         if config.noise and fade:
             ws = ws + config.noise * spread / ws.shape[-1] ** 0.5 * fade * torch.randn(len(ws), 1, ws.shape[-1], generator=torch.Generator().manual_seed(step.seed_from(2))).to(at)
         changes = None if adapter is None else adapter.changes(net)
+        given = {} if meshes is None else {"views": MeshViews(*(part.to(at) for part in meshes))}
         terms = photo_terms(net.synthesis(ws, cams.to(at), changes=changes, **given), photos.to(at), config.loss, distance)
         state["loss"] = terms["loss"].detach().cpu()
         return {"loss": terms["loss"].sum() + models["styles"].penalty()}
@@ -126,11 +129,12 @@ def fit_styles(
     plan = TrainConfig(steps=config.steps, batch=1, seed=seed, keep_frozen=False, log_every=max(1, config.steps // 20), device=device)
     held = {name: value for name, value in vars(styles).items() if isinstance(value, (int, float, str))}
     facts = {"photos": photos, "cams": cams, "config": config, "spread": spread, "styles": [type(styles).__name__, held, styles.state_dict()], "adapter": None if adapter is None else adapter.state_dict(), "meshes": None if meshes is None else list(meshes)}
-    train(plan, models, [who], None, scratch, facts=facts, label=label)
+    folder = own_folder(scratch)
+    with alone():
+        train(plan, models, [who], None, folder, facts=facts, label=label)
     if "loss" not in state:  # a finished run was found: ask once
         with torch.no_grad():
-            changes = None if adapter is None else adapter.changes(generator)
-            state["loss"] = photo_terms(generator.synthesis(styles(), cams.to(next(styles.parameters()).device), changes=changes, **given), photos.to(next(styles.parameters()).device), config.loss, distance)["loss"].cpu()
+            loss(models, None, Step(config.steps, config.steps, "styles", 0, Share(1), next(styles.parameters()).device))
     return state["loss"]
 
 # %% ../../nbs/my3dgen/43_styles.ipynb #inverted

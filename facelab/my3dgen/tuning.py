@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..lab.errors import InputError, ShapeError
+from ..lab.parallel import alone, own_folder
 from ..lab.schedule import Constant, Cosine
 from ..lab.train import Items, Player, Step, TrainConfig, Training, train
 from .adapter import Adapter
@@ -100,7 +101,9 @@ def tune(
     models = {"generator": generator} | ({} if adapter is None else {"adapter": adapter})
     plan = TrainConfig(steps=config.steps, batch=min(config.batch, len(photos)), seed=seed, keep_frozen=False, log_every=1 if config.stop_at else max(1, config.steps // 100), device=device)
     facts = {"photos": photos, "cams": cams, "styles": styles, "config": config, "adapter": None if adapter is None else adapter.config, "about": about, "meshes": None if meshes is None else list(meshes)}
-    done = train(plan, models, [who], items, scratch, [enough] if config.stop_at else (), facts, label)
+    folder = own_folder(scratch)
+    with alone():
+        done = train(plan, models, [who], items, folder, [enough] if config.stop_at else (), facts, label)
     for weight in moving:
         weight.requires_grad_(False)
     return done.curve
