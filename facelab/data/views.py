@@ -139,7 +139,7 @@ class Shots:
 
     images: UInt8[np.ndarray, "n s s 3"]  # on white
     labels19: UInt8[np.ndarray, "n s s"]  # facelab.data.paint_frame.LABELS19
-    alpha: UInt8[np.ndarray, "n r r"]  # 255: all of the pixel is head; r = s / 2
+    alpha: UInt8[np.ndarray, "n r r"]  # 255: all of the pixel is head; r = s / 2, or the rays that were asked for
     depth: Float[np.ndarray, "n r r"]  # along the ray, units; 0 where its middle meets nothing
     cams: Float[np.ndarray, "n 25"]  # EG3D's labels
     z: Float[np.ndarray, "m 64"]  # on the sphere; n / m views of each in a row
@@ -165,6 +165,8 @@ def ray_depth(
 ) -> np.ndarray:  # r r float16, units along the ray; 0 where nothing is
     "Depth at the middle of each ray's pixel: the mean of the samples around it, or the nearest of them at an edge."
     step = len(zbuf) // rays
+    if step < 2 or len(zbuf) % rays:
+        raise InputError("ray_depth", f"{rays} rays a side of {len(zbuf)} samples", "two samples a ray or more, as many for each", "Rays divide the picture: 128 of 512 pixels.")
     four = np.stack([zbuf[step // 2 - a :: step, step // 2 - b :: step] for a in (0, 1) for b in (0, 1)])
     near = np.where(four > 0, four, np.inf).min(0)
     flat = (four > 0).all(0) & (four.max(0) - near < 12)
@@ -179,8 +181,10 @@ def shoot(
     views: Sequence[View],
     size: int = 64,  # pixels
     supersample: int = 2,  # samples a pixel along each side
+    rays: int | None = None,  # side of depth and opacity; None: half the picture's
 ) -> dict[str, np.ndarray]:  # the fields of `Shots` but z
     "Views of a head."
+    rays = rays or size // 2
     person, scene, out = actor.scene.person, actor.scene, {name: [] for name in ("images", "labels19", "alpha", "depth", "cams")}
     skin = skin_record(person, scene.makeup, scene.look, scene.gaze, scene.pupil, scene.stubble, 282 / (size * supersample))
     skin[0]["glow"] = person.shine
@@ -195,8 +199,8 @@ def shoot(
         share = covered[..., None]
         out["images"].append(np.uint8(image * share + 255 * (1 - share) + 0.5))
         out["labels19"].append(labels)
-        out["alpha"].append(np.uint8(covered.reshape(size // 2, 2, size // 2, 2).mean((1, 3)) * 255 + 0.5))
-        out["depth"].append(ray_depth(zbuf, view, size // 2))
+        out["depth"].append(ray_depth(zbuf, view, rays))
+        out["alpha"].append(np.uint8((zbuf > 0).reshape(rays, len(zbuf) // rays, rays, len(zbuf) // rays).mean((1, 3)) * 255 + 0.5))
         out["cams"].append(label_of(view))
     return {name: np.stack(rows) for name, rows in out.items()}
 

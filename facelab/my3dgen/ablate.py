@@ -8,6 +8,7 @@ __all__ = ['storage_rows', 'merge_row', 'prepare_person', 'as_numbers', 'Variant
 # %% ../../nbs/my3dgen/74_ablate.ipynb #imports
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,15 +20,14 @@ from ..lab.inputs import input_hash
 from ..lab.progress import seed_everything
 from ..lab.record import Row, measured
 from ..lab.run import Job, Outcome
-from ..lab.side_by_side import side_by_side
+from ..lab.side_by_side import over_ranks
 from .adapter import Adapter, AdapterConfig, base_hash, count_numbers, merged, size_table
 from .eg3d_base import open_eg3d
-from .likeness import identity_cosine, psnr
-from .marked import album, take
+from .likeness import psnr
+from .people import prepare_people, sitter_of
 from .personalize import PersonalPrior, render_views
-from .reconstruct import TEST_MOMENT, person_of_job, personal_config, pick_device
+from .reconstruct import identity_of, personal_config, pick_device
 from .styles import invert
-from ..data.views import orbit_view
 from ..nets.eg3d import Generator
 from ..nets.embedder import trained_embedder
 
@@ -75,7 +75,7 @@ def prepare_person(
     "Photos and their anchors, once for all variants; kept in the stage's scratch folder."
     seed_everything(job.seed, job.threads)
     base, config, device = open_eg3d(job.generator, pick_device(job)), personal_config(job), pick_device(job)
-    photos, _ = album(person_of_job(job, number), max(job.photos, *as_numbers(job.counts)), base.config.size)
+    photos = sitter_of(job, number, base.config, max(job.photos, *as_numbers(job.counts)), (0,)).photos
     found = invert(base, photos.images, photos.cams, config.inversion, scratch=job.scratch() / f"anchors_{number}", seed=job.seed, label=f"person {number}: anchors", device=device)
     write_safetensors(job.scratch() / f"person_{number}.safetensors", {"styles": found.styles})
 
@@ -99,21 +99,20 @@ def score_variant(
 ) -> dict[str, list[float]]:  # metric -> values of the held-out photos at both sides of 30 degrees; "train" -> of the photos
     "Tune it and turn held-out photos."
     seed_everything(job.seed, job.threads)
-    base, config, device, who = open_eg3d(job.generator, pick_device(job)), personal_config(job), pick_device(job), person_of_job(job, which.number)
-    photos, _ = album(who, which.photos, base.config.size)
+    base, config, device = open_eg3d(job.generator, pick_device(job)), personal_config(job), pick_device(job)
+    _, photos, _, tests = sitter_of(job, which.number, base.config, which.photos, (0, 30, -30))
     anchors = read_safetensors(job.scratch() / f"person_{which.number}.safetensors")["styles"][: which.photos]
     about = f"person {which.number}, rank {which.rank}, {which.photos} photos"
     adapter = None
     if which.rank:
         adapter = PersonalPrior.personalize(base, photos, replace(config, adapter=AdapterConfig(which.rank)), seed=job.seed, about=about, device=device, anchors=anchors).adapter
-    tests = [take(who, TEST_MOMENT + k, [orbit_view(float(np.radians(yaw))) for yaw in (0, 30, -30)], base.config.size) for k in range(job.tests)]
     inputs, cams = (torch.cat([getattr(test, name)[:1] for test in tests]) for name in ("images", "cams"))
     styles = invert(base, inputs, cams, replace(config.inversion, later=1.0), adapter, seed=job.seed, label=f"{about}: held out", device=device).styles
     embedder, found = trained_embedder(job.embedder), {"PSNR": [], "identity cosine": []}
     for k, test in enumerate(tests):
-        images = render_views(base, styles[k : k + 1], test.cams, adapter).image[1:]
-        found["PSNR"] += psnr(images, test.images[1:]).tolist()
-        found["identity cosine"] += identity_cosine(embedder, images, test.images[1:], test.landmarks[1:]).tolist()
+        images, true = render_views(base, styles[k : k + 1], test.cams, adapter).image, slice(1, None) if test.known is None else slice(test.known)  # a real photo is known from its own side
+        found["PSNR"] += psnr(images[true], test.images[true]).tolist()
+        found["identity cosine"] += identity_of(embedder, images[1:], test.turned()) if test.known is None else identity_of(embedder, images, test)[1:]
     return found | {"train": psnr(render_views(base, anchors, photos.cams, adapter).image, photos.images).tolist()}
 
 # %% ../../nbs/my3dgen/74_ablate.ipynb #figure
@@ -139,22 +138,28 @@ def ablation_figure(
 
 # %% ../../nbs/my3dgen/74_ablate.ipynb #run
 def run(
-    job: Job,  # seed, threads, workers, generator, people_seed, people, photos, tests, counts, ranks, recipe, rank, anchor_steps, steps, embedder, device
+    job: Job,  # seed, threads, workers, generator, photo_folder, people_seed, people, photos, tests, counts, ranks, recipe, rank, anchor_steps, steps, embedder, device
 ) -> Outcome:
     "Parameters and storage; likeness by rank and by number of photos (My3DGen 3.2, 4)."
     ranks, counts, base = as_numbers(job.ranks), as_numbers(job.counts), open_eg3d(job.generator)
+    there, pieces, not_run = prepare_people(job, base.config, max(job.photos, *counts)), partial(over_ranks, workers=job.workers, device=pick_device(job)), {}
+    if job.photo_folder:
+        not_run = {f"My3DGen, {count} photos": f"{there.photos} photos to learn from" for count in counts if count > there.photos}
+        counts = [count for count in counts if count <= there.photos]
+    most = min(job.photos, there.photos)
     rows, table = storage_rows(base)
     rows.append(merge_row(base, job.seed))
-    side_by_side(prepare_person, [(job, number) for number in range(job.people)], job.workers)
-    kinds = {"pretrained": (0, job.photos)} | {f"My3DGen, rank {rank}": (rank, job.photos) for rank in ranks} | {f"My3DGen, {count} photos": (job.rank, count) for count in counts}
-    todo = {Variant(number, *kind) for kind in kinds.values() for number in range(job.people)}
+    pieces(prepare_person, [(job, number) for number in range(there.count)])
+    kinds = {"pretrained": (0, most)} | {f"My3DGen, rank {rank}": (rank, most) for rank in ranks} | {f"My3DGen, {count} photos": (job.rank, count) for count in counts}
+    todo = {Variant(number, *kind) for kind in kinds.values() for number in range(there.count)}
     order = sorted(todo)
-    found = dict(zip(order, side_by_side(score_variant, [(job, which) for which in order], job.workers)))
+    found = dict(zip(order, pieces(score_variant, [(job, which) for which in order])))
     for name, kind in kinds.items():
-        some = [found[Variant(number, *kind)] for number in range(job.people)]
-        groups = lambda key: [f"{n}-{k // 2}" for n, one in enumerate(some) for k in range(len(one[key]))]
-        rows += [measured(name, metric, [v for one in some for v in one[metric]], groups(metric), unit="dB" if metric == "PSNR" else "", better="higher", data="held-out, 30 degrees") for metric in ("PSNR", "identity cosine")]
+        some = [found[Variant(number, *kind)] for number in range(there.count)]
+        groups = lambda key: [f"{n}-{k * job.tests // len(one[key])}" for n, one in enumerate(some) for k in range(len(one[key]))]
+        side = {"PSNR": "held-out, its own side"} if job.photo_folder else {}
+        rows += [measured(name, metric, [v for one in some for v in one[metric]], groups(metric), unit="dB" if metric == "PSNR" else "", better="higher", data=side.get(metric, "held-out, 30 degrees")) for metric in ("PSNR", "identity cosine")]
         rows.append(measured(name, "PSNR, training photos", [v for one in some for v in one["train"]], [n for n, one in enumerate(some) for _ in one["train"]], unit="dB", better="higher"))
-    notes = [f"Ranks with {job.photos} photos, photos with rank {job.rank}; every variant has the same number of steps. {job.people} people, {job.tests} held-out photos each, both sides of 30 degrees."]
-    inputs = {"bases/eg3d": input_hash("bases/eg3d/model.safetensors")} if job.generator == "base" else {job.generator: input_hash(job.generator)}
-    return Outcome(rows, {"fig_ablation": ablation_figure(rows, ranks, counts)}, {"parameters": table}, inputs=inputs, notes=notes, device=pick_device(job))
+    notes = [*there.notes, f"Ranks with {most} photos, photos with rank {job.rank}; every variant has the same number of steps. {there.count} people, {job.tests} held-out photos each, both sides of 30 degrees."]
+    inputs = ({"bases/eg3d": input_hash("bases/eg3d/model.safetensors")} if job.generator == "base" else {job.generator: input_hash(job.generator)}) | there.inputs
+    return Outcome(rows, {"fig_ablation": ablation_figure(rows, ranks, counts)}, {"parameters": table}, not_run=not_run, inputs=inputs, notes=notes, device=pick_device(job))

@@ -35,8 +35,9 @@ def yaw_cams(
     "Cameras about the head, on the generator's own sphere."
     turn, up = torch.tensor([float(v) for v in yaws], dtype=torch.float64), float(pitch)
     pivot = torch.tensor(config.pivot, dtype=torch.float64) * EG3D_UNIT_MM
+    middle = pivot if config.orbit is None else torch.tensor(config.orbit, dtype=torch.float64) * EG3D_UNIT_MM
     ahead = torch.stack([-turn.sin() * np.cos(up), torch.full_like(turn, np.sin(up)), turn.cos() * np.cos(up)], 1)
-    return Camera.look_at(pivot + config.radius * EG3D_UNIT_MM * ahead, pivot).pack().float()
+    return Camera.look_at(middle + config.radius * EG3D_UNIT_MM * ahead, pivot).pack().float()
 
 
 def between_cams(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..lab.errors import InputError, ShapeError
 from ..lab.progress import Progress
+from .head_mesh import orbit_labels
 from .personalize import render_views
 from ..nets.eg3d import Generator
 
@@ -70,7 +71,7 @@ def train_direction(
     generator: Generator,
     name: str,  # of the attribute
     score: Callable[[Tensor, Tensor | None], Tensor],  # (z, pictures in 0..1 or None) -> a number each
-    cam: Float[Tensor, "1 25"] | None = None,  # pictures from here; None: the score needs none
+    cam: Float[Tensor, "1 25"] | None = None,  # pictures from here; None: the score needs none, and a mapping that asks for a camera is told a frontal one
     count: int = 2000,  # styles
     share: float = 0.25,  # of them, at each end
     seed: int = 0,
@@ -84,7 +85,7 @@ def train_direction(
     with torch.no_grad():
         for at in range(0, count, batch):
             part = z[at : at + batch]
-            told = None if cam is None or not generator.config.backbone.c_dim else cam.expand(len(part), -1).to(device)
+            told = (orbit_labels(generator.config, [0.0]) if cam is None else cam).expand(len(part), -1).to(device)
             ws = generator.mapping(part.to(device), told).cpu()
             images = None if cam is None else (render_views(generator, ws, cam.expand(len(part), -1), batch=batch).image / 2 + 0.5).clamp(0, 1)
             styles.append(ws[:, 0])

@@ -21,19 +21,19 @@ from ..lab.inputs import input_hash, input_path
 from ..lab.progress import seed_everything
 from ..lab.record import Row, measured
 from ..lab.run import Job, Outcome
-from ..lab.side_by_side import side_by_side
+from ..lab.side_by_side import over_ranks
 from .alpha_space import mix, sample_weights
 from .applications import interpolate, invert_alpha, sheet, yaw_cams
 from .directions import Direction, code_score, move, train_direction
 from .eg3d_base import open_eg3d
-from .likeness import identity_cosine, psnr, same_person, smoothness
-from .marked import album, take
+from .likeness import psnr, same_person, smoothness
+from .marked import MomentViews
+from .people import frontal_points, prepare_people, sitter_of
 from .personalize import PersonalPrior, render_views
 from .photo_loss import resized
-from .reconstruct import TEST_MOMENT, page_figure, person_of_job, personal_config, pick_device
+from .reconstruct import identity_of, page_figure, personal_config, pick_device
 from ..data.semantic import Z_NAMES
 from .styles import invert
-from ..data.views import orbit_view
 from ..nets.eg3d import Generator
 from ..nets.embedder import embed_faces, trained_embedder
 
@@ -89,7 +89,8 @@ def base_readings(
     z = torch.randn(count, base.config.backbone.z_dim, generator=torch.Generator().manual_seed(seed))
     z = z * z.square().mean(1, keepdim=True).rsqrt()
     with torch.no_grad():
-        images = render_views(base, base.mapping(z.to(next(base.parameters()).device)).cpu(), yaw_cams(base.config, [0.0]).expand(count, -1)).image
+        front = yaw_cams(base.config, [0.0]).expand(count, -1)
+        images = render_views(base, base.mapping(*(part.to(next(base.parameters()).device) for part in (z, front))).cpu(), front).image
     return [fit_reading(name, images, z[:, Z_NAMES.index(name)]) for name in EDITS]
 
 # %% ../../nbs/my3dgen/72_explore.ipynb #person
@@ -99,6 +100,7 @@ class Explored(NamedTuple):
     number: int
     values: dict[tuple[str, str, str], list[float]]
     pages: dict[str, UInt8[np.ndarray, "h w 3"]]
+    who: str = ""  # the mark of a drawn person, the folder of a real one
 
 
 SIDES = {"pretrained": False, "My3DGen": True}  # with the adapter
@@ -151,11 +153,10 @@ def explore_edits(
 
 # %% ../../nbs/my3dgen/72_explore.ipynb #unseen
 def explore_inversion(
-    job: Job, prior: PersonalPrior, number: int, embedder, device: str
+    job: Job, prior: PersonalPrior, number: int, tests: Sequence[MomentViews], embedder, device: str
 ) -> dict:
     "Held-out photos in W, in W+ and between the anchors, then turned by 30 degrees."
-    config, size = replace(personal_config(job).inversion, later=1.0), prior.generator.config.size
-    tests = [take(person_of_job(job, number), TEST_MOMENT + k, [orbit_view(float(np.radians(yaw))) for yaw in (0, 30, -30)], size) for k in range(job.tests)]
+    config = replace(personal_config(job).inversion, later=1.0)
     photos, cams = (torch.cat([getattr(test, name)[:1] for test in tests]) for name in ("images", "cams"))
     w = invert(prior.generator, photos, cams, config, prior.adapter, seed=job.seed, label=f"person {number}: W", device=device).styles
     plus = invert(prior.generator, photos, cams, replace(config, space="w+"), prior.adapter, seed=job.seed, label=f"person {number}: W+", device=device).styles
@@ -164,9 +165,10 @@ def explore_inversion(
     for name, styles in (("W", w), ("W+", plus), ("between anchors", alpha)):
         for k, test in enumerate(tests):
             images = prior.render(styles[k : k + 1], test.cams).image
-            for metric, values in (("PSNR", psnr(images, test.images)), ("identity cosine", identity_cosine(embedder, images, test.images, test.landmarks))):
-                found.setdefault((f"My3DGen, {name}", metric, "held-out, 0 degrees"), []).append(float(values[0]))
-                found.setdefault((f"My3DGen, {name}", metric, "held-out, 30 degrees"), []).extend(values[1:].tolist())
+            for metric, values in (("PSNR", psnr(images[: test.known], test.images[: test.known]).tolist()), ("identity cosine", identity_of(embedder, images, test))):
+                found.setdefault((f"My3DGen, {name}", metric, "held-out, 0 degrees"), []).append(values[0])
+                if values[1:]:
+                    found.setdefault((f"My3DGen, {name}", metric, "held-out, 30 degrees"), []).extend(values[1:])
     return found
 
 
@@ -180,15 +182,18 @@ def explore_person(
     seed_everything(job.seed, job.threads)
     device, base = pick_device(job), open_eg3d(job.generator, pick_device(job))
     prior, embedder, distance = PersonalPrior.load(input_path(job.trained) / f"person_{number}", base), trained_embedder(job.embedder), personal_config(job).inversion.loss.open()
-    photos, landmarks = album(person_of_job(job, number), len(prior), base.config.size)
-    places = take(person_of_job(job, number), 0, [orbit_view(0.0)], base.config.size).landmarks
+    who, photos, landmarks, tests = sitter_of(job, number, base.config, len(prior), (0, 30, -30))
+    if job.photo_folder and not (len(photos) == len(prior) and torch.allclose(photos.cams, prior.cams, atol=1e-3)):
+        raise InputError(job.trained, f"an adapter of person {number} that was trained on other photos", f"those of {job.photo_folder}, with {job.tests} kept out", "Give both stages the same photo_folder and tests.")
+    places = frontal_points(job, number, base.config)
     embed = torch.no_grad()(lambda images, points: embed_faces(embedder, (images.clamp(-1, 1) + 1) / 2, points))
     own = embed(photos.images, landmarks)
     values, drawn = explore_samples(prior, places, own, embed, distance, job.samples, job.beta, job.seed)
     more, walks = explore_walks(prior, places, own, embed, distance, job.walk)
     last, edits = explore_edits(prior, places, own, embed, readings, directions, job.strength, job.samples)
-    values = values | more | last | explore_inversion(job, prior, number, embedder, device)
-    return Explored(number, values, {"samples": sheet([row[:8] for row in drawn]), "walks": sheet(walks), "edits": sheet(edits)})
+    values = values | more | last | explore_inversion(job, prior, number, tests, embedder, device)
+    pages = {"samples": sheet([row[:8] for row in drawn])} | {name: sheet(rows) for name, rows in (("walks", walks), ("edits", edits)) if rows}
+    return Explored(number, values, pages, who)
 
 # %% ../../nbs/my3dgen/72_explore.ipynb #rows
 def explore_rows(
@@ -207,27 +212,29 @@ def explore_rows(
 
 # %% ../../nbs/my3dgen/72_explore.ipynb #run
 def run(
-    job: Job,  # seed, threads, workers, generator, trained, people_seed, people, tests, recipe, rank, anchor_steps, steps, styles, samples, walk, strength, beta, embedder, device
+    job: Job,  # seed, threads, workers, generator, trained, photo_folder, people_seed, people, tests, recipe, rank, anchor_steps, steps, styles, samples, walk, strength, beta, embedder, device
 ) -> Outcome:
     "Sample, walk, edit and invert with the adapters of my3dgen-reconstruct (My3DGen 4.2 to 4.4)."
-    folder = input_path(job.trained)
-    if missing := [k for k in range(job.people) if not (folder / f"person_{k}" / "adapter_config.json").is_file()]:
-        raise InputError(folder, f"no person_{missing[0]}", f"the adapters of {job.people} people", "Run my3dgen-reconstruct with as many people first.")
-    base = open_eg3d(job.generator, pick_device(job))
-    if base.config.backbone.z_dim != len(Z_NAMES):
-        return Outcome([], not_run={"edits": f"the noise of {job.generator} has no known coordinates; train directions with facelab.my3dgen.directions.landmark_score"})
-    directions = [train_direction(base, name, code_score(Z_NAMES.index(name)), count=job.styles, seed=job.seed) for name in EDITS]
-    readings = base_readings(base, max(40, job.styles // 2), job.seed + 1)
-    people = side_by_side(explore_person, [(job, number, directions, readings) for number in range(job.people)], job.workers)
+    folder, base = input_path(job.trained), open_eg3d(job.generator, pick_device(job))
+    there = prepare_people(job, base.config, 10**6)
+    if missing := [k for k in range(there.count) if not (folder / f"person_{k}" / "adapter_config.json").is_file()]:
+        raise InputError(folder, f"no person_{missing[0]}", f"the adapters of {there.count} people", "Run my3dgen-reconstruct with as many people first.")
+    directions, readings, not_run = [], [], {}
+    if base.config.backbone.z_dim == len(Z_NAMES):
+        directions = [train_direction(base, name, code_score(Z_NAMES.index(name)), count=job.styles, seed=job.seed) for name in EDITS]
+        readings = base_readings(base, max(40, job.styles // 2), job.seed + 1)
+    else:
+        not_run["edits"] = f"the noise of {job.generator} has no known coordinates; train directions with facelab.my3dgen.directions.landmark_score"
+    people = over_ranks(explore_person, [(job, number, directions, readings) for number in range(there.count)], job.workers, pick_device(job))
     rows = explore_rows(people) + [Row("direction", "accuracy on kept-out styles", d.accuracy, n=job.styles // 8, better="higher", data=d.name) for d in directions]
     rows += [Row("reading", "correlation on kept-out pictures", r.agreement, n=max(40, job.styles // 2) // 4, better="higher", data=r.name) for r in readings]
-    name = lambda k: f"person {people[k].number} ({person_of_job(job, people[k].number).mark})"
-    some, twice = range(min(3, len(people))), ("pretrained", "My3DGen")
-    figures = {
-        "fig_samples": page_figure([people[k].pages["samples"] for k in some], [name(k) for k in some], labels=twice),
-        "fig_walks": page_figure([people[k].pages["walks"] for k in some], [name(k) for k in some], labels=twice),
-        "fig_edits": page_figure([people[k].pages["edits"] for k in some], [f"{name(k)}: less, as it is, more; two anchors" for k in some], labels=[f"{d.name}, {m}" for d in directions for m in twice]),
-    }  # fmt: skip
-    inputs = {job.trained: input_hash(job.trained)} | ({"bases/eg3d": input_hash("bases/eg3d/model.safetensors")} if job.generator == "base" else {})
-    notes = [f"beta {job.beta:g}; edits of {job.strength:g} deviations either way; identity: cosine to the mean of the person's photos; attributes: a linear reading of the picture, in deviations over the base's faces."]
-    return Outcome(rows, figures, inputs=inputs, notes=notes, device=pick_device(job))
+    name = lambda k: f"person {people[k].number} ({people[k].who})"
+    twice, figures = ("pretrained", "My3DGen"), {}
+    for page, more, labels in (("samples", "", twice), ("walks", "", twice), ("edits", ": less, as it is, more; two anchors", [f"{d.name}, {m}" for d in directions for m in twice])):
+        if some := [k for k in range(min(3, len(people))) if page in people[k].pages]:
+            figures[f"fig_{page}"] = page_figure([people[k].pages[page] for k in some], [name(k) + more for k in some], labels=labels)
+    inputs = {job.trained: input_hash(job.trained)} | ({"bases/eg3d": input_hash("bases/eg3d/model.safetensors")} if job.generator == "base" else {}) | there.inputs
+    notes = [*there.notes, f"beta {job.beta:g}; edits of {job.strength:g} deviations either way; identity: cosine to the mean of the person's photos; attributes: a linear reading of the picture, in deviations over the base's faces."]
+    if job.photo_folder:
+        not_run["pixels at 30 degrees"] = "real photos have no truth from other sides"
+    return Outcome(rows, figures, not_run=not_run, inputs=inputs, notes=notes, device=pick_device(job))

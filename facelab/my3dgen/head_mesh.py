@@ -126,12 +126,13 @@ def orbit_labels(
     yaw: Sequence[float],  # radians; above 0 the face turns to the picture's right
     pitch: Sequence[float] | None = None,  # above 0 it looks down; None: level
 ) -> Float[Tensor, "b 25"]:
-    "Labels of cameras around a generator's pivot, at its distance."
+    "Labels of cameras on a generator's own sphere."
     yaw = torch.as_tensor(np.asarray(yaw, np.float64))
     pitch = torch.zeros_like(yaw) if pitch is None else torch.as_tensor(np.asarray(pitch, np.float64))
     target = torch.tensor(config.pivot, dtype=torch.float64)
     eye = config.radius * torch.stack([-yaw.sin() * pitch.cos(), pitch.sin(), yaw.cos() * pitch.cos()], 1)
-    return Camera.look_at((target + eye) * EG3D_UNIT_MM, target=tuple((target * EG3D_UNIT_MM).tolist())).pack().float()
+    middle = target if config.orbit is None else torch.tensor(config.orbit, dtype=torch.float64)
+    return Camera.look_at((middle + eye) * EG3D_UNIT_MM, target=tuple((target * EG3D_UNIT_MM).tolist())).pack().float()
 
 
 def swing(

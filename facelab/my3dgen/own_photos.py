@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POINT_WEIGHTS', 'DISTANCE', 'head_points', 'HeadPose', 'fit_pose', 'OwnPhoto', 'base_crop', 'ffhq_crop', 'sharpness',
-           'points_in', 'own_photo', 'cut_out', 'label_points', 'overlay_landmarks', 'own_photos']
+           'points_in', 'own_photo', 'cut_out', 'label_points', 'face_points', 'overlay_landmarks', 'own_photos']
 
 # %% ../../nbs/my3dgen/32_own_photos.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from torch import Tensor
 from PIL import Image, ImageDraw
 from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
@@ -237,6 +238,15 @@ def label_points(
     pose, k = label[:16].reshape(4, 4).astype(np.float64), label[16:].reshape(3, 3).astype(np.float64)
     seen = (points / EG3D_UNIT_MM - pose[:3, 3]) @ pose[:3, :3]
     return (seen[:, :2] / seen[:, 2:] * k[[0, 1], [0, 1]] + k[:2, 2]) * size
+
+
+def face_points(
+    cams: Float[Tensor, "n 25"],
+    size: int,  # of the picture, pixels
+) -> Float[Tensor, "n 68 2"]:  # pixels
+    "Where the cameras of labels see the landmarks of the mean head."
+    mean = head_points()[0] + np.array(PIVOT_MM)
+    return torch.from_numpy(np.array([label_points(cam.numpy(), mean, size) for cam in cams.cpu()]).reshape(-1, 68, 2)).float()
 
 
 def overlay_landmarks(

@@ -36,9 +36,11 @@ class EG3DConfig:
     ignores_camera: bool = False  # the mapping sees a camera of zeros  # authors' code (c_gen_conditioning_zero)
     radius: float = 2.7  # of the usual cameras, world units  # authors' code
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.2)  # what they look at  # authors' code
+    orbit: tuple[float, float, float] | None = None  # middle of the sphere they stand on; None: the pivot  # authors' code: the origin
 
     def __post_init__(self):
         object.__setattr__(self, "pivot", tuple(self.pivot))
+        object.__setattr__(self, "orbit", None if self.orbit is None else tuple(self.orbit))
         if self.backbone.out_channels % len(self.volume.axes) or self.neural_size < 1:
             raise InputError("EG3DConfig", f"{self.backbone.out_channels} channels for {len(self.volume.axes)} planes, {self.neural_size} rays a side", "as many channels for each plane, one ray or more", "Copy a preset and change it.")
 
@@ -48,8 +50,8 @@ class EG3DConfig:
         return self.superres.size
 
     def to_dict(self) -> dict[str, Any]:
-        "Plain values, for JSON."
-        return asdict(self)
+        "Plain values, for JSON; without `orbit` where it says nothing, since adapters know their base by these values."
+        return {name: value for name, value in asdict(self).items() if name != "orbit" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EG3DConfig":
@@ -78,8 +80,8 @@ def build_config(
 
 # %% ../../nbs/nets/78_eg3d.ipynb #presets
 EG3DS = {
-    "ffhq512_128": EG3DConfig(),  # authors' code
-    "afhq512_128": EG3DConfig(superres=SUPERRES["8X"], pivot=(0.0, 0.0, -0.06)),  # authors' code; released files
+    "ffhq512_128": EG3DConfig(orbit=(0.0, 0.0, 0.0)),  # authors' code
+    "afhq512_128": EG3DConfig(superres=SUPERRES["8X"], pivot=(0.0, 0.0, -0.06), orbit=(0.0, 0.0, 0.0)),  # authors' code; released files
     "shapenet128_64": EG3DConfig(
         volume=VolumeConfig(64, 64, 0.1, 2.6, 1.6, white=True), superres=SUPERRES["2X"], neural_size=64, radius=1.7, pivot=(0.0, 0.0, 0.0)
     ),  # authors' code

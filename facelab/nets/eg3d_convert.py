@@ -63,7 +63,7 @@ def scene_numbers(
     "What an official generator says of rays, condition and orbit."
     return {
         "neural_size": state.get("neural_rendering_resolution", 64), "decoder_lr_mul": float(rendering.get("decoder_lr_mul", 1)), "c_scale": float(rendering.get("c_scale", 0)),
-        "ignores_camera": bool(rendering.get("c_gen_conditioning_zero", False)), "radius": float(rendering.get("avg_camera_radius", 2.7)), "pivot": tuple(float(x) for x in rendering.get("avg_camera_pivot", (0, 0, 0))),
+        "ignores_camera": bool(rendering.get("c_gen_conditioning_zero", False)), "radius": float(rendering.get("avg_camera_radius", 2.7)), "pivot": tuple(float(x) for x in rendering.get("avg_camera_pivot", (0, 0, 0))), "orbit": (0.0, 0.0, 0.0),
     }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def texture_views(
     b, n, s = views.hit.shape[:3]
     if len(texture) != b or n != len(VIEW_ANGLES):
         raise ShapeError("texture_views", f"{len(texture)} textures, {b} meshes from {n} sides", f"a texture for each mesh, {len(VIEW_ANGLES)} sides", "Make the views with facelab.synthforge.next3d_planes.mesh_views.")
-    seen = F.grid_sample(texture, views.uv.reshape(b, n * s, s, 2).to(texture.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+    seen = F.grid_sample(texture, views.uv.reshape(b, n * s, s, 2).to(texture), mode="bilinear", padding_mode="zeros", align_corners=False)
     return seen.view(b, -1, n, s, s).transpose(1, 2)
 
 # %% ../../nbs/nets/85_texture_planes.ipynb #fill

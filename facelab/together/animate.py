@@ -13,19 +13,19 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..data.views import orbit_view
 from ..face.morphable import MorphableModel
 from ..lab.errors import InputError
 from ..lab.inputs import input_hash
 from ..lab.progress import seed_everything
 from ..lab.record import Row, measured
 from ..lab.run import Job, Outcome
-from ..lab.side_by_side import side_by_side
+from ..lab.side_by_side import over_ranks
 from ..my3dgen.applications import sheet
 from ..my3dgen.likeness import identity_cosine, psnr
-from ..my3dgen.marked import MarkedPerson, MomentViews, album, take
+from ..my3dgen.marked import MarkedPerson, MomentViews, album, own_view, take
+from ..my3dgen.people import TEST_MOMENT, person_of_job
 from ..my3dgen.personalize import render_views
-from ..my3dgen.reconstruct import TEST_MOMENT, page_figure, person_of_job, personal_config
+from ..my3dgen.reconstruct import page_figure, personal_config, pick_device
 from ..my3dgen.styles import invert
 from ..nets.embedder import trained_embedder
 from ..synthforge.next3d_base import open_next3d
@@ -60,14 +60,14 @@ def one_head(
 ) -> MovedScores:
     "Make somebody's head from an album, and move it through moments that are not in it."
     seed_everything(job.seed, job.threads)
-    who, net, model, config = person_of_job(job, number), open_next3d(job.generator), MorphableModel.procedural(), personal_config(job)
+    who, net, model, config = person_of_job(job, number), open_next3d(job.generator, pick_device(job)), MorphableModel.procedural(), personal_config(job)
     size, about = net.config.size, f"person {number} ({who.mark})"
-    photos, _ = album(who, job.photos, size)
+    photos, _ = album(who, job.photos, size, config=net.config)
     shape, exp = mesh_codes(who, range(job.photos))
-    head = PersonalHead.personalize(net, photos, shape, exp, model, config, scratch=job.scratch() / f"head_{number}", seed=job.seed, about=about, device="cpu")
+    head = PersonalHead.personalize(net, photos, shape, exp, model, config, scratch=job.scratch() / f"head_{number}", seed=job.seed, about=about, device=pick_device(job))
     head.save(job.checkpoint() / f"person_{number}")
-    seen = invert(net, photos.images, photos.cams, config.inversion, seed=job.seed, label=f"{about}: base", device="cpu", meshes=head.meshes(exp))
-    tests = [take(who, TEST_MOMENT + k, [orbit_view(float(np.radians(yaw))) for yaw in SIDES], size) for k in range(job.tests)]
+    seen = invert(net, photos.images, photos.cams, config.inversion, seed=job.seed, label=f"{about}: base", device=pick_device(job), meshes=head.meshes(exp))
+    tests = [take(who, TEST_MOMENT + k, [own_view(net.config, float(np.radians(yaw))) for yaw in SIDES], size) for k in range(job.tests)]
     new = mesh_codes(who, range(TEST_MOMENT, TEST_MOMENT + job.tests))[1]
     drawn: dict[str, list[Tensor]] = {"base": [], "personal": []}
     for k, test in enumerate(tests):
@@ -114,14 +114,14 @@ def head_rows(
 
 # %% ../../nbs/together/20_animate.ipynb #run
 def run(
-    job: Job,  # seed, threads, workers, generator, people_seed, people, photos, tests, recipe, rank, anchor_steps, steps, embedder
+    job: Job,  # seed, threads, workers, generator, people_seed, people, photos, tests, recipe, rank, anchor_steps, steps, embedder, device
 ) -> Outcome:
     "Heads of people, moved by meshes that were in no photo (ours)."
     if job.tests < 1:
         raise InputError("tests", f"{job.tests}", "1 or more", "Correct the profile.")
-    people = side_by_side(one_head, [(job, number) for number in range(job.people)], job.workers)
+    people = over_ranks(one_head, [(job, number) for number in range(job.people)], job.workers, pick_device(job))
     titles = [f"person {person.number}: {person_of_job(job, person.number).mark}; {job.tests} held-out moments, then the first one from both sides" for person in people[:3]]
     figure = page_figure([person.page for person in people[:3]], titles, labels=("truth", "base", "personal"))
     inputs = {name: input_hash(f"bases/{name}/model.safetensors") for name in ("next3d", "identity") if name == "identity" or job.generator == "base"}
     notes = [f"{job.people} people of {job.photos} photos, {job.tests} held-out moments each; a head is given the mesh's expression (the truth) and the camera, and no photo of that moment; its light and gaze are an average photo's."]
-    return Outcome(head_rows(people), {"fig_heads": figure}, inputs={f"bases/{name}": value for name, value in inputs.items()}, notes=notes)
+    return Outcome(head_rows(people), {"fig_heads": figure}, inputs={f"bases/{name}": value for name, value in inputs.items()}, notes=notes, device=pick_device(job))
