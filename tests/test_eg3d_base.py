@@ -1,16 +1,24 @@
 """The shipped EG3D, meshes of its heads, and cameras of own photos: what a notebook does not show."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from facelab.data.face_crop import FaceBox
 from facelab.data.scene import make_view
-from facelab.lab.errors import InputError, ShapeError
+from facelab.data.w300 import write_pts
+from facelab.lab.errors import AssetError, InputError, ShapeError
 from facelab.lab.paths import bases_dir
 from facelab.my3dgen.base_quality import as_images, face_share, held_out_heads, points_of, turned_views, world_scene
 from facelab.my3dgen.distillation import draw_from
 from facelab.my3dgen.eg3d_base import open_eg3d
-from facelab.my3dgen.head_mesh import orbit_labels, save_head, turntable
-from facelab.my3dgen.own_photos import fit_pose, own_photo
+from facelab.my3dgen.head_mesh import orbit_labels, save_head, turntable, write_video
+from facelab.my3dgen.marked import MarkedPerson, album
+from facelab.my3dgen.own_photos import face_points, fit_pose, own_photo, own_photos
+from facelab.my3dgen.personalize import strange_names
 from facelab.my3dgen.portraits import Portraits, check_label
 from facelab.data.views import PIVOT, Actor, label_of, orbit_view, shoot
 from facelab.nets.view_losses import picture_psnr
@@ -125,3 +133,83 @@ def test_the_crop_does_not_depend_on_where_the_face_is(actor):
     near, far = orbit_view(0.2), make_view(0.2, 0.0, 0.0, 2 * 1000.0, 2 * 234.48, (0.0, 60.0, 35.0))
     one, two = (own_photo(shoot(actor, [view], 256)["images"][0], 96, points=points_of(actor, view, 256)) for view in (near, far))
     assert np.abs(one.landmarks_2d - two.landmarks_2d).max() < 6 and np.abs(one.label - two.label).max() < 0.25
+
+
+def test_a_face_from_the_very_front_has_a_pose():
+    label = torch.tensor([1.0, 0, 0, 0, 0, -1, 0, 0, 0, 0, -1, 2.7, 0, 0, 0, 1, 4.2647, 0, 0.5, 0, 4.2647, 0.5, 0, 0, 1])
+    points = face_points(label[None], 512)[0].double().numpy()
+    points[:, 0] -= 256
+    points[48:60, 0] -= points[48:60, 0].mean() - points[36:48, 0].mean()
+    for lean in (0.0, 1e-17, 1e-13, 1e-10, 1e-3):
+        leans = points.copy()
+        leans[48:60, 0] += lean * (points[48:60, 1].mean() - points[36:48, 1].mean())
+        assert fit_pose(leans).error < 2
+
+
+def drawn_photos(number, count):
+    photos, points = album(MarkedPerson(4, number), count, 128)
+    return [((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy() for image in photos.images], list(points.numpy())
+
+
+@pytest.mark.skipif(not (bases_dir() / "identity" / "model.safetensors").is_file(), reason="no bases/identity/model.safetensors")
+def test_somebody_else_is_found_without_being_asked(tmp_path):
+    mine, at = drawn_photos(1, 6)
+    other, there = drawn_photos(4, 1)
+    paths = []
+    for k, (image, points) in enumerate(zip([*mine, *other], [*at, *there])):
+        paths.append(tmp_path / f"{k}.png")
+        Image.fromarray(image).save(paths[-1])
+        write_pts(paths[-1].with_suffix(".pts"), points)
+    kept, skipped = own_photos(paths, 64, least_sharp=0)
+    assert [one.name for one in kept] == [f"{k}.png" for k in range(6)] and "another person" in skipped.items[0][1]
+    assert len(own_photos(paths, 64, least_sharp=0, embed=None)[0]) == 7
+    album_ = Portraits.of([one.image for one in own_photos(paths, 64, least_sharp=0, embed=None)[0]], [one.label for one in own_photos(paths, 64, least_sharp=0, embed=None)[0]], 64, [path.name for path in paths])
+    assert strange_names(album_) == ["6.png"] and strange_names(album_, None) == []
+
+
+def test_nobody_who_finds_faces_is_no_fault_of_the_photos(monkeypatch, tmp_path):
+    import facelab.my3dgen.own_photos as page
+
+    def missing():
+        raise InputError("model.safetensors", "no base 'landmarks'", "the shipped weights", "dvc pull")
+
+    monkeypatch.setattr(page, "shipped_detector", missing)
+    monkeypatch.setattr(page, "alignment_detector", lambda: None)
+    (mine,), (at,) = drawn_photos(1, 1)
+    with pytest.raises(AssetError, match=r"\.pts.*face-alignment.*make bases BASE=landmarks"):
+        own_photos([mine, mine], 64)
+    Image.fromarray(mine).save(tmp_path / "a.png")
+    write_pts(tmp_path / "a.pts", at)
+    assert len(own_photos([tmp_path / "a.png"], 64, least_sharp=0)[0]) == 1, "a .pts beside it needs nobody"
+
+    class Marks:  # as face-alignment: it marks, and the cascade finds
+        name, size, room = "marks", 64, 1.6
+
+        def landmarks(self, images):
+            return torch.from_numpy(at)[None] * images.shape[-1] / 128
+
+    monkeypatch.setattr(page, "cascade_faces", lambda photo: [FaceBox(0.0, 0.0, 80.0, 80.0, 1.0)])
+    faces = page.face_finder(Marks())(mine)
+    assert len(faces) == 1 and faces[0].landmarks_2d.shape == (68, 2)
+
+
+def test_a_video_for_other_programs(tmp_path, monkeypatch):
+    frames = np.zeros((12, 33, 48, 3), np.uint8)
+    frames[:, :, :, 1] = np.linspace(0, 250, 12, dtype=np.uint8)[:, None, None]
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "imageio_ffmpeg", None)  # as where it is not installed
+        with pytest.raises(AssetError, match=r"facelab\[video\]"):
+            write_video(tmp_path / "a.mp4", frames)
+        assert not (tmp_path / "a.mp4").exists()
+    program = pytest.importorskip("imageio_ffmpeg", reason="no imageio-ffmpeg: pip install 'facelab[video]'")
+    try:
+        program.get_ffmpeg_exe()
+    except RuntimeError:
+        with pytest.raises(AssetError, match="no ffmpeg"):
+            write_video(tmp_path / "b.mp4", frames)
+        pytest.skip("imageio-ffmpeg without a program")
+    import imageio.v3 as iio
+
+    seen = iio.imread(write_video(tmp_path / "b.mp4", frames, 12.0))
+    assert (tmp_path / "b.mp4").read_bytes()[4:8] == b"ftyp" and seen.shape == (12, 32, 48, 3)
+    assert np.abs(seen[..., 1].mean((1, 2)) - frames[..., 1].mean((1, 2))).max() < 12

@@ -167,10 +167,12 @@ def write_video(
         data = held.getvalue()
     else:
         try:
-            import imageio_ffmpeg  # noqa: F401
+            import imageio_ffmpeg
             import imageio.v3 as iio
-        except ImportError as error:
-            raise AssetError("imageio-ffmpeg", "a package that is not installed", "imageio-ffmpeg for .mp4", "Install it: pip install imageio-ffmpeg. Or write a .gif.") from error
+
+            imageio_ffmpeg.get_ffmpeg_exe()
+        except (ImportError, RuntimeError) as error:  # no package, or one without its program
+            raise AssetError("imageio-ffmpeg", "a package that is not installed, or has no ffmpeg for this machine", "imageio-ffmpeg for .mp4", "Install it: pip install 'facelab[video]', which is imageio-ffmpeg. Or write a .gif.") from error
         h, w = (n - n % 2 for n in frames.shape[1:3])  # the codec wants even sides
         data = iio.imwrite("<bytes>", frames[:, :h, :w], extension=".mp4", fps=rate, codec="libx264", macro_block_size=2)
     with atomic_write(path, "wb") as file:

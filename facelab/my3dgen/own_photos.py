@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POINT_WEIGHTS', 'DISTANCE', 'head_points', 'HeadPose', 'fit_pose', 'OwnPhoto', 'base_crop', 'ffhq_crop', 'sharpness',
-           'points_in', 'own_photo', 'cut_out', 'label_points', 'face_points', 'overlay_landmarks', 'own_photos']
+           'points_in', 'alignment_detector', 'face_finder', 'own_photo', 'cut_out', 'label_points', 'face_points',
+           'overlay_landmarks', 'shipped_embed', 'own_photos']
 
 # %% ../../nbs/my3dgen/32_own_photos.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw
 from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 
-from ..data.find_faces import faces_of, mark_points, pts_beside
+from ..data.find_faces import FoundFace, cascade_faces, faces_of, mark_points, pts_beside, shipped_detector
 from ..data.face_crop import as_photo
 from ..data.scene import View
 from ..data.w300 import read_pts
@@ -28,11 +29,12 @@ from ..face.align import deep3d_crop, five_points, warp
 from ..face.camera import EG3D_FOCAL, EG3D_UNIT_MM
 from ..face.fit import landmark_model
 from ..face.morphable import MorphableModel
-from ..lab.errors import InputError, Skipped
+from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.images import read_image
 from .portraits import check_label
 from ..data.views import PIVOT_MM, label_of
-from ..nets.landmarks import BaseLandmarks, LandmarkDetector
+from ..nets.embedder import embed_faces, trained_embedder
+from ..nets.landmarks import FaceAlignmentLandmarks, BaseLandmarks, LandmarkDetector
 
 # %% ../../nbs/my3dgen/32_own_photos.ipynb #head-points
 @cache
@@ -80,7 +82,7 @@ def fit_pose(
     mean, bases = head_points()
     eyes, mouth = at[36:48].mean(0), at[48:60].mean(0)
     down = mouth - eyes
-    lean = np.arctan2(-down[0], down[1])
+    lean = round(float(np.arctan2(-down[0], down[1])), 6)  # the search does not move from a lean of 1e-16
     scale = max(np.linalg.norm(down) / 70.0, 1e-3)
 
     def unpack(v):
@@ -169,10 +171,10 @@ def points_in(
     name: str,
     detector: LandmarkDetector | None,  # who marks; None: the lab's own
     which: int | None,  # the n-th largest face; None: there must be one
-    finder: Callable | None = None,  # photo -> faces, the largest first; None: the lab's own
+    finder: Callable | None = None,  # photo -> faces, the largest first; None: `face_finder`
 ) -> Float[np.ndarray, "68 2"]:  # pixels of the photo
     "The landmarks of the face that is meant. Raises `InputError` for none, or for several where nobody said which."
-    faces = (finder or faces_of)(photo)
+    faces = (finder or face_finder(detector))(photo)
     if not faces:
         raise InputError(name, "a photo without a face", "a face of 40 pixels or more", "Is it large and visible enough? Or mark it: a .pts file beside the photo, or points=.")
     if which is None and len(faces) > 1:
@@ -181,7 +183,30 @@ def points_in(
     if which is not None and not 0 <= which < len(faces):
         raise InputError(name, f"which={which} of {len(faces)} faces", f"0..{len(faces) - 1}", "0 is the largest.")
     face = faces[which or 0]
-    return np.asarray(face.landmarks_2d if detector is None or isinstance(detector, BaseLandmarks) else mark_points(photo, face.box, detector), np.float32)
+    return np.asarray(face.landmarks_2d if detector is None or isinstance(detector, BaseLandmarks) or finder is None else mark_points(photo, face.box, detector), np.float32)
+
+
+@cache
+def alignment_detector() -> LandmarkDetector | None:
+    "face-alignment, where it is installed."
+    try:
+        return FaceAlignmentLandmarks()
+    except AssetError:
+        return None
+
+
+def face_finder(
+    detector: LandmarkDetector | None = None,  # who marks the points; None: the lab's own, or else face-alignment
+) -> Callable:  # photo -> faces, with points
+    "Who finds faces here. Raises `AssetError` where nobody can, naming the ways."
+    try:
+        own = shipped_detector()
+        return lambda photo: faces_of(photo, None if isinstance(detector, BaseLandmarks) else detector, own)
+    except InputError:
+        marks = detector or alignment_detector()
+    if marks is None:
+        raise AssetError("landmarks", "no weights in bases/landmarks (none are shipped) and no face-alignment", "68 points of each face", "A .pts file beside each photo, or points=; or pip install face-alignment; or make bases BASE=landmarks, which trains the lab's own.")
+    return lambda photo: sorted((FoundFace(box, mark_points(photo, box, marks), box.score) for box in cascade_faces(photo)), key=lambda face: -face.box.width)
 
 
 def own_photo(
@@ -192,7 +217,7 @@ def own_photo(
     detector: LandmarkDetector | None = None,  # who marks the points; None: the lab's own
     which: int | None = None,  # of several faces, the largest is 0
     least_sharp: float = 2.0,  # of `sharpness`; less is refused; 0: anything
-    finder: Callable | None = None,  # photo -> faces; None: the lab's own
+    finder: Callable | None = None,  # photo -> faces; None: `face_finder`
 ) -> OwnPhoto:
     "Your photo with its camera: crop and 25 numbers. Raises `InputError` for no face, several, a blurred one, or points that are no face."
     if crop not in ("base", "ffhq") or size < 16:
@@ -268,20 +293,37 @@ def overlay_landmarks(
     return np.asarray(picture)
 
 # %% ../../nbs/my3dgen/32_own_photos.ipynb #own-photos
+def shipped_embed() -> Callable | None:  # crops, landmarks -> unit vectors, as `own_photos` takes it
+    "The shipped identity embedder; None where its weights are not."
+    try:
+        embedder = trained_embedder("base")
+    except InputError:
+        return None
+
+    def embed(crops, landmarks):
+        with torch.no_grad():
+            return embed_faces(embedder, torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(landmarks)).numpy()
+
+    return embed
+
+
 def own_photos(
     photos: Sequence[str | Path | np.ndarray],
     size: int = 64,  # pixels
     crop: str = "base",  # or "ffhq"
-    embed: Callable | None = None,  # crops (n, s, s, 3) uint8 and their landmarks (n, 68, 2) -> unit vectors (n, d); None: nobody asks whether it is one person
+    embed: Callable | str | None = "base",  # crops (n, s, s, 3) uint8 and their landmarks (n, 68, 2) -> unit vectors (n, d); "base": the shipped embedder where it is; None: nobody asks whether it is one person
     least_alike: float = 0.2,  # cosine to the mean of the others
     **how,  # of `own_photo`
 ) -> tuple[list[OwnPhoto], Skipped]:
-    "Photos of one person: those that cannot be used are left out, counted, with the reason. Raises `InputError` where none is left."
+    "Photos of one person: those that cannot be used are left out, counted, with the reason. Raises `InputError` where none is left, `AssetError` where nobody can find faces."
     taken, skipped = [], Skipped()
+    embed = shipped_embed() if embed == "base" else embed
     for k, photo in enumerate(photos):
         name = Path(photo).name if isinstance(photo, (str, Path)) else f"photo {k}"
         try:
             taken.append(own_photo(photo, size, crop, **how))
+        except AssetError:  # no fault of this photo
+            raise
         except InputError as error:
             skipped.add(name, error)
     if embed is not None and len(taken) > 2:
