@@ -17,6 +17,7 @@ from facelab.data.laion_face import PARTS_20M
 from facelab.data.raf_db import write_raf_db
 from facelab.data.reading import subset_rows
 from facelab.data.world import generate
+from facelab.gptface import vqgan_folder
 from facelab.gptface.few_shot import HeadTraining, answers_of, celeba_faces, head_scores, raf_faces, train_head, train_heads
 from facelab.gptface.model import GPTFaceConfig, build_gptface, load_gptface
 from facelab.gptface.objective import MilmItm
@@ -24,8 +25,9 @@ from facelab.gptface.pairs import captions_of, encoder_of, keywords, laion_strea
 from facelab.gptface.pretrain import Pretraining, far_texts, pair_stream, pretrain
 from facelab.gptface.pretraining_stages import once, prepare, rate_of, run_train
 from facelab.gptface.rivals import RIVALS, Rival, RivalConfig, RivalData, contrast_loss, load_rival, save_rival, train_rival
-from facelab.gptface.tagging import GRADED, UNRELATED, average_precision, ndcg, read_ratings
+from facelab.gptface.tagging import GRADED, UNRELATED, average_precision, ndcg, read_ratings, sheet_rows, write_sheets
 from facelab.gptface.tokens import Vocabulary
+from facelab.gptface.vqgan_base import open_vqgan
 from facelab.lab.batches import Share
 from facelab.lab.errors import AssetError, InputError, Skipped
 from facelab.lab.ledger import Check
@@ -33,7 +35,7 @@ from facelab.lab.paths import root
 from facelab.lab.profile import profile_values
 from facelab.lab.run import Job
 from facelab.nets.codec import VQGANConfig
-from facelab.nets.vqgan import VQGAN
+from facelab.nets.vqgan import VQGAN, VQGANS
 
 
 @pytest.fixture(scope="module")
@@ -346,3 +348,45 @@ def test_the_paper_profile_is_the_papers():
     assert stream_parts(values["stream"]) == PARTS_20M
     for name in ("smoke", "mini"):
         assert [profile_values("gptface-train", name)[key] for key in ("stream", "precision", "vocab", "accumulate")] == ["", "no", "", 1]
+
+
+# ---- people's marks, and a tokenizer of one's own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["Timestamp,rater,image,1,2\n2026/01/02,a,x,0,2\n", "\ufeffrater;image;1;2\na;x;0;2\n", "Rater,Image,Email Address,1,2\na,x,a@b.c,0,2\n", "rater,image,rank,tag,mark\na,x,2,hat,2\na,x,1,man,0\n"])
+def test_sheets_as_forms_export_them(tmp_path, text):
+    (tmp_path / "marks.csv").write_text(text, encoding="utf-8")
+    marks, images, raters = read_ratings(tmp_path / "marks.csv")
+    assert marks.tolist() == [[0, 2]] and images == ["x"] and raters == ["a"]
+
+
+def test_sheets_go_out_and_come_back(tmp_path):
+    "Two methods, two pictures, two raters: NDCG of what they marked; an unmarked sheet is refused."
+    words, ranked = ["man", "hat", "old"], {"GPTFace": np.array([[1, 0, 2], [0, 1, 2]]), "CLIP": np.array([[2, 1, 0], [2, 1, 0]])}
+    sheets = write_sheets(tmp_path, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ranked, words)
+    assert [path.name for path in sheets] == ["GPTFace.csv", "CLIP.csv"] and len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    with pytest.raises(InputError, match="mark"):
+        sheet_rows(tmp_path)
+    worth = {"man": 2, "hat": 1, "old": 0}
+    for path in sheets:
+        head, *lines = path.read_text().splitlines()
+        path.write_text("\n".join([head, *(f"{rater}{line}{worth[line.split(',')[3]]}" for rater in "ab" for line in lines)]))
+    found = {(row.method, row.metric): row.value for row in sheet_rows(tmp_path)}
+    marks = np.vectorize(dict(enumerate(worth.values())).get)(ranked["GPTFace"]).astype(float)
+    assert found["GPTFace, marked by people", "NDCG@5"] == pytest.approx(100 * ndcg(marks, 5).mean()) and found["CLIP, marked by people", "NDCG@5"] < found["GPTFace, marked by people", "NDCG@5"]
+    with pytest.raises(InputError, match="no sheet"):
+        sheet_rows(tmp_path / "pictures")
+    assert all(profile_values("gptface-tables", name)["ratings"] == "" for name in ("smoke", "mini", "gpu", "paper"))
+
+
+def test_a_vqgan_from_tars_and_from_a_folder(tmp_path, items, capsys):
+    "The command writes what the profiles name; a broken picture is left out and counted."
+    write_pairs(tmp_path / "laion", items, 1.0), write_celeba(tmp_path / "celeba", items)
+    (tmp_path / "celeba" / "img_align_celeba" / "000002.jpg").write_bytes(b"no picture")
+    for name in ("laion", "celeba"):
+        said = [str(tmp_path / name), str(tmp_path / f"{name}-vqgan"), "--net", "face64", "--size", "32", "--steps", "2", "--batch", "4", "--lanes", "0", "--disc-start", "-1", "--perceptual", "none", "--device", "cpu"]
+        assert vqgan_folder.main(said) == 0
+        assert open_vqgan(tmp_path / f"{name}-vqgan", 512).config == VQGANS["face64"]
+    assert "PSNR" in (out := capsys.readouterr().out) and "left out: 0" not in out.splitlines()[-1]
+    assert vqgan_folder.main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
+    assert vqgan_folder.main([*said[:5], "33", *said[6:]]) == 2

@@ -28,7 +28,7 @@ from .pairs import encode_images, read_pairs
 from .pretrain import TokenSet, matching_answers, token_set
 from .rivals import RIVALS, Rival, load_rival
 from .small_gptface import PretrainedFace
-from .tagging import candidate_words, graded_marks, rank_by_clip, rank_by_mask, rank_by_match, rank_by_template, tag_rows
+from .tagging import candidate_words, graded_marks, rank_by_clip, rank_by_mask, rank_by_match, rank_by_template, sheet_rows, tag_rows
 from .tokens import join, text_ids
 from .vqgan_base import open_vqgan
 from .vqgan_training import reconstruction_rows
@@ -271,7 +271,7 @@ def judged(
 
 
 def run(
-    job: Job,  # seed, threads, workers, data, celeba, raf, laion_test, size, vqgan, trained, celeba_shares, raf_shares, head_steps, tags, device
+    job: Job,  # seed, threads, workers, data, celeba, raf, laion_test, size, vqgan, trained, celeba_shares, raf_shares, head_steps, tags, device, ratings
 ) -> Outcome:
     "Tables 2 and 3, Figures 6 and 7."
     skipped, methods = Skipped(), trained_methods(input_path(job.trained), open_vqgan(job.vqgan), job.device)
@@ -281,7 +281,7 @@ def run(
     celeba, raf = celeba_faces(job.celeba, job.size, skipped), raf_faces(job.raf, job.size, skipped)
     marks = graded_marks(words, celeba.test_labels.numpy())
     (rows, _), (more, ranked) = side_by_side(judged, [(job, "heads", celeba, raf), (job, "words", celeba, None)], job.workers)
-    rows = rows + more
+    rows = rows + more + (sheet_rows(input_path(job.ratings)) if job.ratings else [])
     photos = read_celeba(input_path(job.data)).split("test")
     seen = torch.stack([scaled(item.image, job.size) for item in photos.items()])
     rows += reconstruction_rows(face.vqgan, seen, photos.identity, "VQGAN", "photos of the shipped data set")
@@ -290,5 +290,6 @@ def run(
     notes = [f"tags are ranked among {len(words)} words, {job.tags} results a picture; {len(celeba.test)} test pictures of CelebA's layout, {len(raf.test)} of RAF-DB's"]
     notes += [f"{name}: not trained in this run" for name in ("GPTFace", *RIVALS.values()) if name not in methods] + ([skipped.report(len(celeba.train) + len(raf.train))] if skipped else [])
     inputs = {"bases/vqgan": input_hash("bases/vqgan/model.safetensors")} if job.vqgan == "base" else {job.vqgan: input_hash(job.vqgan)}
+    inputs |= {job.ratings: input_hash(job.ratings)} if job.ratings else {}
     not_run = {"BriVL": "no open weights of its size were trained here; CLIP and FaRL of the same size stand for retrieval"}
     return Outcome(rows, figures, inputs=inputs, notes=notes, not_run=not_run, device=job.device)

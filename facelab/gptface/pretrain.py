@@ -24,7 +24,6 @@ from .masking import Masking, draw_hidden, hide
 from .model import GPTFace
 from .objective import MilmItm, milm, pretrain_losses
 from .tokens import TokenLayout, Vocabulary, join, text_ids
-from ..lab.batches import Source
 from ..lab.errors import InputError, ShapeError
 from ..lab.schedule import check_steps
 from ..lab.train import Every, Items, Player, Step, Stream, TrainConfig, TrainResult, Training, train
@@ -103,7 +102,7 @@ def pair_stream(
     pairs: Any,  # an iterable of (image, caption); a function (seed, epoch, rank, world) -> such; or a source whose samples they are, as `facelab.gptface.pairs.laion_stream` gives it
     vocab: Vocabulary,
     layout: TokenLayout,
-) -> Source:
+) -> Any:  # a Source
     "A stream of pairs as a source of the training loop."
     together = partial(collate_pairs, vocab=vocab, layout=layout)
     if hasattr(pairs, "collate"):
@@ -245,7 +244,7 @@ def pretrain_loss(
 def pretrain(
     config: Pretraining,
     model: GPTFace,  # trained in place
-    data: TokenSet | Source,  # `token_set` or `pair_stream`
+    data: Any,  # a TokenSet (`token_set`), or a Source of pictures and ids (`pair_stream`)
     encode: Encode | None = None,  # images to codes, for a stream
     val: TokenSet | None = None,  # pairs to look at, not trained on
     starts: Bool[Tensor, "k"] | None = None,  # Vocabulary.starts_word: spans of whole words

@@ -26,7 +26,7 @@ from .model import GluBlock, rows_of
 from .pretrain import Rise
 from ..lab.arrays import read_safetensors, safetensors_metadata, write_safetensors
 from ..lab.errors import InputError, ShapeError
-from ..lab.batches import Share, Source
+from ..lab.batches import Share
 from ..lab.train import Items, Player, Step, TrainConfig, train
 
 # %% ../../nbs/gptface/62_rivals.ipynb #config
@@ -247,7 +247,7 @@ def rival_loss(
 # %% ../../nbs/gptface/62_rivals.ipynb #train
 def train_rival(
     config: RivalConfig,
-    data: RivalData | Source,  # or batches of pictures beside texts or people, as `facelab.gptface.pretrain.pair_stream` gives them
+    data: Any,  # RivalData, or a Source of pictures beside texts or people, as `facelab.gptface.pretrain.pair_stream` gives them
     steps: int,
     batch: int = 32,  # texts of a step, over all processes
     rate: float = 1e-3,  # the highest; it begins at a fifth and ends at a tenth  # paper 4.1
