@@ -12,7 +12,7 @@ from fixture_files import fixture
 from facelab.lab.arrays import read_safetensors, write_safetensors
 from facelab.lab.errors import InputError, UnsafeFileError
 from facelab.lab.files import read_json, write_json
-from facelab.nets.eg3d_convert import convert_eg3d, load_eg3d, read_official, read_official_discriminator
+from facelab.nets.eg3d_convert import backbone_config, convert_eg3d, load_eg3d, read_official, read_official_discriminator
 from facelab.nets.stylegan2_discriminator import DualDiscriminator
 from facelab.nets.triplane import RELEASED_AXES
 
@@ -60,6 +60,22 @@ def test_discriminator():
     net.load_state_dict(state)
     assert config.size == 128 and config.group == 2 and len(state) == 74
     assert torch.isfinite(net(torch.randn(2, 3, 128, 128), torch.randn(2, 3, 32, 32), torch.randn(2, 25))).all()
+
+
+def test_largest_values_are_the_files(monkeypatch):
+    "Written down, as a number or as none; where the file says nothing, the official blocks' 256."
+    import facelab.nets.eg3d_convert as page
+
+    plain = {"z_dim": 32, "c_dim": 25, "w_dim": 32}
+    assert [backbone_config(plain | more).clamp for more in ({}, {"conv_clamp": None}, {"conv_clamp": 64})] == [256, None, 64]
+    data = page.load_pickle(fixture(DISTINCT))
+    for said, clamp in ((None, None), (8.0, 8.0), ("nothing", 256)):
+        kwargs = {name: value for name, value in data["D"].kwargs.items() if name != "conv_clamp"}
+        data["D"].kwargs.clear()
+        data["D"].kwargs.update(kwargs | ({} if said == "nothing" else {"conv_clamp": said}))
+        monkeypatch.setattr(page, "load_pickle", lambda path: data)
+        net = DualDiscriminator(read_official_discriminator("any.pkl")[0])
+        assert net.b128.conv0.clamp == net.b4.conv.clamp == clamp
 
 
 def test_from_a_shell(tmp_path):

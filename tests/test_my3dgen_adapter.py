@@ -1,6 +1,7 @@
 "My3DGen's adapters: against its own code's numbers (facts/eg3d_my3dgen.md 2.1 and 3), in a batch row by row, merged and taken out, saved and refused."
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,6 +195,32 @@ def test_merge_and_unmerge(mini):
     with pytest.raises(RuntimeError), merged(mini, adapter):
         raise RuntimeError("in the middle")
     assert all(torch.equal(value, before[name]) for name, value in mini.state_dict().items())
+
+
+def test_nobody_leaves_before_those_who_came_later(mini):
+    before = {name: value.clone() for name, value in mini.state_dict().items()}
+    first, second = Merged(mini, person(mini, 5)), Merged(mini, person(mini, 6))
+    with pytest.raises(InputError, match="reverse order"):
+        first.undo()
+    second.undo()
+    first.undo()
+    first.undo()  # again: nothing to do
+    assert all(torch.equal(value, before[name]) for name, value in mini.state_dict().items())
+    with merged(mini, person(mini, 5)), merged(mini, person(mini, 6)):
+        assert not torch.equal(mini.state_dict()["superresolution.block0.conv0.weight"], before["superresolution.block0.conv0.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in mini.state_dict().items())
+
+
+def test_an_adapter_says_that_it_belongs_elsewhere(mini):
+    config = EG3DS["mini64"]
+    narrow = Generator(replace(config, backbone=replace(config.backbone, channels=(64, 64, 32, 32, 16)))).eval()
+    large = Generator(replace(config, backbone=replace(config.backbone, size=128, channels=(128, 96, 64, 32, 16, 8)))).eval()
+    ws, cams = views(mini, 1)
+    for other in (narrow, large):
+        adapter = Adapter(other)
+        for call in (lambda: adapter.changes(mini), lambda: changes_of([None, adapter], mini), lambda: Merged(mini, adapter), lambda: mini.synthesis(ws, cams, changes=adapter.changes(mini))):
+            with pytest.raises(ShapeError, match="another generator|made for"):
+                call()
 
 
 # Files

@@ -106,6 +106,12 @@ def test_files_refused(tmp_path, toy, prior):
         PersonalPrior.load(tmp_path / "a", toy)
 
 
+def test_who_it_is_is_kept(tmp_path, toy, prior):
+    somebody = PersonalPrior(toy, prior.adapter, prior.anchors, prior.cams, "somebody")
+    somebody.save(tmp_path / "a")
+    assert PersonalPrior.load(tmp_path / "a", toy).about == "somebody"
+
+
 class Killed(Exception):
     pass
 

@@ -103,7 +103,7 @@ def fit_pose(
     spread = at[17:].std(0).mean() / mean[17:, :2].std(0).mean()  # pixels in a millimetre, as the points themselves are spread
     error = float(np.sqrt(((pose.project() - at) ** 2).sum(1) @ POINT_WEIGHTS / POINT_WEIGHTS.sum()) / max(min(size, spread), 1e-6))
     if not error < least_error or turn[2, 2] > -0.1:
-        raise InputError("landmarks", (f"points that a head explains to {error:.1f} mm" if error < 100 else "points that no head explains") + (", from behind" if turn[2, 2] > -0.1 else ""), f"a face seen from the front half, to {least_error:g} mm", "Look at where the detector put them: overlay_landmarks.")
+        raise InputError("landmarks", (f"points that a head explains to {error:.1f} mm" if error < 100 else "points that no head explains") + (", from behind" if turn[2, 2] > -0.1 else ""), f"a face seen from the front half, to {least_error:g} mm", "Draw them on the photo: are they iBUG's 68, in order, in its pixels? `overlay_landmarks` shows photos that passed.")
     return HeadPose(turn, place, float(size), points, error)
 
 # %% ../../nbs/my3dgen/32_own_photos.ipynb #own-photo

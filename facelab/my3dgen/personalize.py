@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.errors import InputError, ShapeError
+from ..lab.files import read_json
 from ..lab.parallel import own_folder
 from .adapter import Adapter, AdapterConfig, base_hash, load_adapter, save_adapter
 from .photo_loss import PhotoLoss
@@ -137,7 +138,7 @@ class PersonalPrior:
             raise InputError(folder / "anchors.safetensors", f"{ {name: tuple(value.shape) for name, value in held.items()} }", "styles (n, layers or 1, d) and cams (n, 25)", "Take the files of one PersonalPrior.save.")
         styles = held["styles"].float()
         styles = styles.repeat(1, generator.num_ws, 1) if styles.shape[1] == 1 else styles
-        return cls(generator, adapter, styles, held["cams"].float())
+        return cls(generator, adapter, styles, held["cams"].float(), str(read_json(folder / "adapter_config.json").get("about", "")))
 
     @classmethod
     def personalize(

@@ -7,6 +7,8 @@ __all__ = ['mixed_batch_cost', 'serving_table']
 
 # %% ../../nbs/my3dgen/24_serving.ipynb #imports
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ..lab.clock import least_seconds
 from ..lab.errors import InputError
-from .adapter import Adapter, changes_of
+from .adapter import Adapter, changes_of, load_adapter, save_adapter
 from ..nets.eg3d import Generator
 
 # %% ../../nbs/my3dgen/24_serving.ipynb #batch-cost
@@ -41,18 +43,35 @@ def mixed_batch_cost(
 # %% ../../nbs/my3dgen/24_serving.ipynb #table
 def serving_table(
     generator: Generator,
-    adapter: Adapter,  # any; all are of one size
+    adapters: Sequence[Adapter],  # different people, as many as the largest count
     cam: Float[Tensor, "1 25"],
     people: Sequence[int] = (1, 10, 100),
     batch: int = 8,  # pictures of a request
     repeats: int = 3,
     neural_size: int | None = None,
+    rounds: int = 4,  # batches, at most
 ) -> pd.DataFrame:
-    "Storage and time for this many people."
-    weights, low = (sum(p.numel() for p in net.parameters()) for net in (generator, adapter))
-    rows = []
+    "Storage and time for this many people. Raises `InputError` where there are not as many adapters, or the same ones again."
+    if len({id(adapter) for adapter in adapters}) < max(people):
+        raise InputError("serving_table", f"{len({id(adapter) for adapter in adapters})} different adapters", f"{max(people)}", "One for each person.")
+    weights, device, rows = sum(p.numel() for p in generator.parameters()), next(generator.parameters()).device, []
+    cuda = device.type == "cuda"
+    size = lambda tensors: 1e-6 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     for count in people:
-        size = max(2, min(batch, count))
-        cost = mixed_batch_cost(generator, [adapter] * size, cam, repeats, neural_size)
-        rows.append({"people": count, "copies_mb": 4e-6 * weights * count, "adapters_mb": 4e-6 * weights + 2e-6 * low * count, "seconds_one": cost["one_person"] / size, "seconds_mixed": cost["people"] / size, "ratio": cost["ratio"]})
+        held = adapters[:count]
+        with TemporaryDirectory() as top:
+            folders = [save_adapter(Path(top) / str(k), adapter, generator) for k, adapter in enumerate(held)]
+            files = 1e-6 * sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+            (load,) = least_seconds([lambda: [load_adapter(folder, generator, check=False) for folder in folders]], 1, cuda)
+        pictures = batch * min(rounds, -(-count // batch))
+        asked = [held[k * count // pictures if pictures < count else k % count] for k in range(pictures)]  # people in turns, spread over all
+        ask = [asked[at : at + batch] for at in range(0, pictures, batch)]
+        z, cams = torch.randn(batch, generator.config.backbone.z_dim, generator=torch.Generator().manual_seed(0)).to(device), cam.expand(batch, -1).to(device)
+        ws = generator.mapping(z, cams)
+        draw = lambda who: generator.synthesis(ws, cams, neural_size, changes=changes_of(who, generator))
+        with torch.inference_mode():
+            sides = [lambda: [changes_of([who], generator) for who in held], lambda: [draw(held[:1]) for _ in ask], lambda: [draw(who) for who in ask]]
+            switch, one, many = least_seconds(sides, repeats, cuda)
+        kept = size(tensor for adapter in held for tensor in adapter.parameters())
+        rows.append({"people": count, "copies_mb": 4e-6 * weights * count, "adapters_mb": 4e-6 * weights + files, "files_mb": files, "held_mb": kept, "load_seconds": load / count, "switch_seconds": switch / count, "seconds_one": one / pictures, "seconds_mixed": many / pictures, "ratio": many / one})
     return pd.DataFrame(rows)

@@ -83,8 +83,8 @@ EG3DS = {
     "ffhq512_128": EG3DConfig(orbit=(0.0, 0.0, 0.0)),  # authors' code
     "afhq512_128": EG3DConfig(superres=SUPERRES["8X"], pivot=(0.0, 0.0, -0.06), orbit=(0.0, 0.0, 0.0)),  # authors' code; released files
     "shapenet128_64": EG3DConfig(
-        volume=VolumeConfig(64, 64, 0.1, 2.6, 1.6, white=True), superres=SUPERRES["2X"], neural_size=64, radius=1.7, pivot=(0.0, 0.0, 0.0)
-    ),  # authors' code
+        volume=VolumeConfig(64, 64, 0.1, 2.6, 1.6, white=True), superres=SUPERRES["2X"], neural_size=64, ignores_camera=True, radius=1.7, pivot=(0.0, 0.0, 0.0)
+    ),  # authors' code; ours: that its mapping sees no camera, as without --gen_pose_cond (a converted file says itself)
     "mini64": EG3DConfig(
         StyleGAN2Config(z_dim=64, w_dim=128, c_dim=0, lr_mul=1.0, size=64, out_channels=36, channels=(128, 96, 64, 32, 16), train_noise=True),
         VolumeConfig(12, 12), SuperresConfig(12, 32, (32, 24), (False, True), clamp=None), neural_size=32, hidden=32,

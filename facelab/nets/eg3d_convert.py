@@ -38,7 +38,7 @@ def backbone_config(
     return StyleGAN2Config(
         z_dim=kwargs["z_dim"], c_dim=kwargs["c_dim"], w_dim=kwargs["w_dim"], layers=mapping.get("num_layers", 8), embed=mapping.get("embed_features"), hidden=mapping.get("layer_features"),
         lr_mul=mapping.get("lr_multiplier", 0.01), average_beta=mapping.get("w_avg_beta", 0.998), size=256, out_channels=out_channels,
-        channel_base=kwargs.get("channel_base", 32768), channel_max=kwargs.get("channel_max", 512), clamp=kwargs.get("conv_clamp"),
+        channel_base=kwargs.get("channel_base", 32768), channel_max=kwargs.get("channel_max", 512), clamp=kwargs.get("conv_clamp", 256),
     )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def read_official_discriminator(
     said = network.kwargs
     config = DiscriminatorConfig(
         said["img_resolution"], said["c_dim"], said["img_channels"], True, said.get("channel_base", 32768), said.get("channel_max", 512), (said.get("mapping_kwargs") or {}).get("num_layers", 8),
-        group=(said.get("epilogue_kwargs") or {}).get("mbstd_group_size", 4), label_noise=float(said.get("disc_c_noise", 0)),
+        clamp=said.get("conv_clamp", 256), group=(said.get("epilogue_kwargs") or {}).get("mbstd_group_size", 4), label_noise=float(said.get("disc_c_noise", 0)),
     )  # fmt: skip
     return config, {name: value.float() for name, value in state_dict_of(network).items()}
 
