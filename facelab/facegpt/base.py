@@ -8,7 +8,6 @@ __all__ = ['DTYPES', 'BenchTalk', 'ask_bench', 'base_photos', 'make', 'base_rows
 
 # %% ../../nbs/facegpt/84_base.ipynb #imports
 import hashlib
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, replace
@@ -35,6 +34,7 @@ from .vlm import Llava, load_llava, quiet
 from ..lab.base import Base, load_base
 from ..lab.errors import InputError
 from ..lab.inputs import input_path
+from ..lab.parallel import local_device
 from ..lab.paths import bases_dir, build_dir
 from ..lab.record import Row
 
@@ -151,9 +151,7 @@ def open_llava(
 
 def own_device(device: str) -> str:
     "The device of this process: of several on one machine, each has its own GPU."
-    if device != "cuda" or torch.cuda.device_count() < 2:
-        return device
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    return str(local_device(device)) if device == "cuda" and torch.cuda.device_count() > 1 else device
 
 # %% ../../nbs/facegpt/84_base.ipynb #base-prior
 def base_prior(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..face.code import PAPER_DIMS, FaceCode, split_code
 from ..face.morphable import MorphableModel
 from .batches import tensor_pixels
-from .model import FaceHead, check_face_model, check_state, first_process, gathered
+from .model import FaceHead, check_face_model, check_state, gathered
 from .objective import Embed, face_term, targets_of
 from .photos import FacePhotos
 from .talker import evaluating
@@ -32,6 +32,7 @@ from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.batches import seed_of
 from ..lab.errors import InputError, ShapeError
 from ..lab.files import file_sha256, read_json, write_json
+from ..lab.parallel import first_process
 from ..lab.schedule import WarmupDecay
 from ..lab.train import Every, Items, Player, Step, TrainConfig, train
 

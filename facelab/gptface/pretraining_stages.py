@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'CAPTIONS', 'TASKS', 'LANES', 'draw_sets', 'run_data', 'Prepared', 'words_of', 'prepare', 'place_of',
-           'once', 'prepared', 'Ended', 'lesson_steps', 'rate_of', 'rival_steps', 'first_process', 'paper_recipe',
-           'rival_config', 'train_one', 'named_faces', 'train_from_stream', 'end_rows', 'curves_figure', 'run_train']
+           'once', 'prepared', 'Ended', 'lesson_steps', 'rate_of', 'rival_steps', 'paper_recipe', 'rival_config',
+           'train_one', 'named_faces', 'train_from_stream', 'end_rows', 'curves_figure', 'run_train']
 
 # %% ../../nbs/gptface/70_pretraining_stages.ipynb #imports
 import os
@@ -35,7 +35,7 @@ from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.batches import Items
 from ..lab.errors import InputError, Skipped
 from ..lab.inputs import input_hash, input_path
-from ..lab.parallel import from_main, make_accelerator
+from ..lab.parallel import first_process, from_main, make_accelerator
 from ..lab.paths import root
 from ..lab.progress import seed_everything
 from ..lab.record import Row
@@ -205,11 +205,6 @@ def rate_of(
 def rival_steps(job: Job) -> int:  # steps, batch, rival_batch
     "Steps of a rival: it sees as many texts as GPTFace."
     return max(1, round(job.steps * job.batch / job.rival_batch))
-
-
-def first_process() -> bool:
-    "The one of several that writes."
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def paper_recipe(job: Job) -> Pretraining:  # steps, batch, rate, accumulate, precision, seed, threads, device

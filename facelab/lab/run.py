@@ -8,7 +8,6 @@ __all__ = ['Job', 'home', 'at_home', 'Outcome', 'Run', 'run_stage', 'named_funct
 # %% ../../nbs/lab/80_run.ipynb #imports
 import argparse
 import importlib
-import os
 import shutil
 import sys
 import time
@@ -20,7 +19,7 @@ import pandas as pd
 
 from .errors import InputError
 from .files import atomic_write, write_csv, write_json
-from .parallel import check_device
+from .parallel import check_device, first_process
 from .paths import build_dir, root
 from .profile import PROFILES, changed_value, profile_values, stages, walked_profile
 from .progress import seed_everything
@@ -123,7 +122,7 @@ def run_stage(
         stage, stage.split("-")[0], profile, status, int(values.get("seed", 0)), values, outcome.rows, outcome.inputs, package_versions(), outcome.device, outcome.notes, outcome.not_run,
     )  # fmt: skip
     folder = Path(folder or root() / "results" / stage)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if first_process():
         save_results(record, outcome, folder, run_cost(time.monotonic() - began))
         shutil.rmtree(job.scratch(), ignore_errors=True)  # the next run is a run, not what this one has left
     return Run(record, outcome, folder)
