@@ -22,10 +22,10 @@ import facelab.lab.train as lab_train
 from facelab.data.find_faces import FaceBox, FoundFace
 from facelab.data.instruct import Talk, Turn, read_instructions, write_instructions
 from facelab.face.coarse import coarse
-from facelab.face.morphable import MorphableModel
+from facelab.face.morphable import MorphableModel, face_model
 from facelab.facegpt import dataset, face_tables, learn
 from facelab.facegpt.picture import training_landmarks
-from facelab.facegpt.use import FaceGPT, fitted_model
+from facelab.facegpt.use import FaceGPT
 from facelab.facegpt.vlm import random_llava
 from facelab.lab.arrays import read_safetensors
 from facelab.lab.errors import InputError
@@ -74,15 +74,18 @@ def face_alignment():
 def bfm(tmp_path_factory):
     "A head in BFM 2017's file, which knows named points but not the 68."
     path = write_bfm2017(coarse(MorphableModel.procedural(), 600), tmp_path_factory.mktemp("bfm") / "model2017-1_bfm_nomouth.h5")
-    with h5py.File(path, "a") as file:
-        del file["metadata/landmarks68"]
-    return fitted_model(MorphableModel.from_bfm2017(path), (80, 64, 80))
+    with h5py.File(path) as file:
+        assert list(file["metadata"]) == ["landmarks"]
+    with pytest.MonkeyPatch.context() as inside:
+        inside.setattr(MorphableModel, "from_bfm2017", lambda real=MorphableModel.from_bfm2017: real(path))
+        return face_model("bfm2017")
 
 
 @pytest.fixture
 def paper(tmp_path, monkeypatch, bfm):
     "job(stage, **changes): the paper profile's job, its files stood in for and its sizes small."
     monkeypatch.setattr(lab_run, "build_dir", lambda *parts: (folder := tmp_path.joinpath("build", *parts)).mkdir(parents=True, exist_ok=True) or folder)
+    monkeypatch.setattr(lab_run, "home", lambda profile: ())
     monkeypatch.setitem(sys.modules, "face_alignment", face_alignment())
     dataset.outline_finder.cache_clear()
     whole = lambda image, detector=None, **how: [] if image.std() < 1 else [FoundFace(FaceBox(8.0, 8.0, 80.0, 80.0, 1.0), dataset_points(image, detector), 1.0)]
@@ -92,6 +95,7 @@ def paper(tmp_path, monkeypatch, bfm):
     monkeypatch.setattr(embedder, "find_asset", lambda name: tmp_path / "backbone.pth")
     for module in (learn, face_tables):
         monkeypatch.setattr(module, "face_model", lambda name: {"bfm2017": bfm, "procedural": MorphableModel.procedural()}[name])
+        monkeypatch.setattr(module, "model_inputs", lambda name: {f"asset:{name}": "0"})
     (tmp_path / "coco").mkdir()
     Image.fromarray(np.full((20, 60, 3), 250, np.uint8)).save(tmp_path / "coco" / "wide.png")
     say = (Turn("user", "What is this?"), Turn("assistant", "White."))
@@ -140,7 +144,7 @@ def test_the_papers_stages_one_after_another(paper, tmp_path, monkeypatch):
     assert FaceGPT.from_pretrained(trained / "facegpt").dims == (80, 64, 80)
 
     image = face_tables.run_image(paper("facegpt-image"))
-    assert not image.not_run and {row.n for row in image.rows} == {2}
+    assert not image.not_run and "asset:bfm2017" in image.inputs and {row.n for row in image.rows} == {2}
     text = face_tables.run_text(paper("facegpt-text"))
     ours = {row.metric for row in text.rows if row.method == "FaceGPT"}
     assert ours == {"expression L2", "shape L2", "photo error", "keypoint error"} and any("fits of Eq. 5" in note for note in text.notes)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..face.code import FaceCode
 from ..face.coarse import coarse
 from ..face.fit import FitConfig
-from ..face.morphable import MorphableModel, face_model
+from ..face.morphable import MorphableModel, face_model, model_inputs
 from .base import base_prior, open_llava
 from .baselines import FaceRegressor, constant_codes
 from .batches import tensor_pixels
@@ -174,7 +174,7 @@ def run_image(
             rows += error_ratios(f"{ours} against {theirs}", scores[ours], scores[theirs], photos, metrics, job.seed)
     wanted = {"mean face": "mean face", "specialised encoder": "specialised", "LLaVA-Key": "LLaVA-Key", "FaceGPT": "FaceGPT"}
     figure = methods_figure(photos, {label: faces[name] for name, label in wanted.items() if name in faces}, model, spread(len(photos), 8), shape_of="FaceGPT", focal=focal)
-    inputs = {job.data: input_hash(job.data)}
+    inputs = {job.data: input_hash(job.data)} | model_inputs(job.face_model)
     missing = [name for name in ("LLaVA-Key", *TABLES) if name not in faces]
     notes.append(f"{len(photos)} photos of {len(set(photos.people or range(len(photos))))} people; intervals draw people")
     not_run = {name: "no checkpoint of it: see the variants of facegpt-train, key_steps of facegpt-baselines" for name in missing}
@@ -281,7 +281,7 @@ def run_text(
     figure = methods_figure(photos, {n: faces[n] for n in ("LLaVA-Key", "FaceGPT") if n in faces} | {"truth" if true else "fit": photos.codes.pack()}, model, shown, [wrapped(texts[k]) for k in shown], shape_of="FaceGPT", focal=focal)
     notes.append(f"{len(photos)} descriptions of {len(set(photos.people or photos.names))} people, wordings that were never trained" + (f"; {np.mean([len(facts) for facts in told]):.1f} things mentioned in each" if told else ""))
     notes += [] if true else [f"no true codes: compared with fits of Eq. 5 to the photos ({job.fit_steps} steps), of {job.face_model}"]
-    return Outcome(rows, {"fig4_text_to_face": figure}, inputs={job.data: input_hash(job.data)}, notes=notes, device=job.device)
+    return Outcome(rows, {"fig4_text_to_face": figure}, inputs={job.data: input_hash(job.data)} | model_inputs(job.face_model), notes=notes, device=job.device)
 
 
 def wrapped(text: str, width: int = 34) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data.instruct import Talk, Turn
 from ..face.coarse import coarse
-from ..face.morphable import MorphableModel, face_model
+from ..face.morphable import MorphableModel, face_model, model_inputs
 from .base import base_prior, open_llava
 from .baselines import FaceRegressor, train_regressor
 from .batches import talk_set
@@ -30,7 +30,7 @@ from .dataset import WITHOUT_FACE, training_set
 from .key import TEXT_REQUESTS as KEY_REQUESTS
 from .key import add_number_words, key_talks, train_key, written
 from .llava_training import PLAIN
-from .model import FaceGPT, check_camera, gathered
+from .model import FaceGPT, check_camera, first_process, gathered
 from .objective import Embed, Weights
 from .photos import FacePhotos
 from .prompt import VICUNA_V1, Prompt
@@ -41,7 +41,6 @@ from .wordings import TEXT_REQUESTS, fill
 from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.errors import InputError, Skipped
 from ..lab.inputs import input_hash
-from ..lab.parallel import first_process
 from ..lab.paths import root
 from ..lab.progress import seed_everything
 from ..lab.record import Row
@@ -104,6 +103,7 @@ def given(
     small = job.llava == "base"
     embedder = None if job.embedder == "none" else trained_embedder(job.embedder)
     inputs = {"bases/llava": input_hash("bases/llava/model.safetensors")} if small else {job.llava: input_hash(job.llava)}
+    inputs |= model_inputs(job.face_model)
     return Given(
         photos, talks, model, recipe,
         base_prior() if small and whole.name == "procedural" else None,
