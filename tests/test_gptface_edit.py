@@ -1,6 +1,7 @@
 "GPTFace in use: pixels outside the mask, unaligned photos, batches, threads, disk, and what comes in wrong."
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -361,3 +362,36 @@ def test_photos_without_damage_have_none():
     rng = np.random.default_rng(0)
     scratched = [add_scratches(image, 2, rng) for image in images[::10]]
     assert np.mean([(find_damage(image) & truth).sum() / truth.sum() for image, truth in scratched]) > 0.65
+
+
+def test_glasses_are_taken_away_and_judged(editor, monkeypatch):
+    "One photo of each who wears some and is seen to; a face whose glasses the parser does not find stays as it is."
+    from facelab.data.attributes import ATTRIBUTES
+    from facelab.gptface import edit_stage
+
+    def answers(net, images):
+        told = np.zeros((len(images), len(ATTRIBUTES)), bool)
+        told[:, ATTRIBUTES.index("Eyeglasses")] = [image[0, 0, 0] != 7 and any(np.array_equal(image, one.image) for one in items) for image in images]
+        return told
+
+    def item(k, wears=True, who=None, turn=0.0):
+        attributes = np.full(len(ATTRIBUTES), -1)
+        attributes[ATTRIBUTES.index("Eyeglasses")] = 1 if wears else -1
+        return SimpleNamespace(image=photo(64, 64, k), attributes=attributes, pose=(turn, 0, 0), identity=k if who is None else who)
+
+    def parse(images):  # glasses on all but the one whose picture is dark
+        labels = torch.ones(len(images), *images.shape[2:], dtype=torch.long)
+        labels[:, 26:34, 16:48] = 2
+        return labels if images.mean() > 0.2 else labels * 0 + 1
+
+    items = [item(0), item(1), item(2, wears=False), item(3, who=0), item(4, turn=0.9), item(5), item(6)]
+    items[5].image[0, 0, 0] = 7  # the judge does not see these
+    items[6].image //= 8
+    monkeypatch.setattr(edit_stage, "answers", answers)
+    own = FaceEditor(editor.vqgan, editor.model, VOCAB, FunctionParser(parse, ("background", "skin", "glasses"), 64))
+    monkeypatch.setattr(own, "classify", lambda image, face: {"person": {"man": 0.9, "woman": 0.1}})
+    figure, rows = edit_stage.without_glasses(own, items, None, 0)
+    assert [row.method for row in rows] == ["remove_occlusion", "the tokenizer alone"] and rows[0].n == 3 and rows[0].value == pytest.approx(200 / 3) and rows[1].value == 100
+    assert len(figure.axes) == 9
+    assert edit_stage.without_glasses(own, items[2:3], None, 0) == (None, [])
+

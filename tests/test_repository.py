@@ -84,6 +84,9 @@ def test_stage_has_one_parameters_cell_with_the_profiles_keys(stage):
     cells = tagged(notebook)
     assert len(cells) == 1, "papermill silently runs the defaults without exactly one parameters cell"
     names = {t.id for node in ast.parse(cells[0].source).body for t in node.targets}
+    handed = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code" and "values = dict(" in c.source]
+    for call in (node for source in handed for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict"):
+        assert {word.arg for word in call.keywords} == names, "what the notebook hands on is not its parameters"
     for profile in PROFILES:
         values = profile_values(stage, profile, ROOT)
         assert set(values) == names, f"profiles/{profile}/{stage}.yaml and the parameters cell differ"

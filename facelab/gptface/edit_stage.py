@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GREEN', 'COST', 'shaded', 'sheet', 'edit_figures', 'tagging_figure', 'codec_figure', 'inpainting', 'repairs',
-           'opened_editor', 'learned', 'accuracy_rows', 'run']
+           'without_glasses', 'opened_editor', 'learned', 'accuracy_rows', 'run']
 
 # %% ../../nbs/gptface/88_edit_stage.ipynb #imports
 from collections.abc import Sequence
@@ -19,10 +19,11 @@ from ..data.embedded import check_world
 from ..data.world import people_of, world_items
 from .damage import add_scratches
 from .edit import FaceEditor
-from .edit_scores import EditSet, answers, edit_methods, edit_rows, edit_set, made_edits, photo_rows, target_table, tokenized, train_attributes
+from .edit_scores import AttributeNet, EditSet, answers, edit_methods, edit_rows, edit_set, made_edits, photo_rows, target_table, tokenized, train_attributes
 from .masking import random_mask, span_mask
 from .regions import ParserTraining, part_overlap, train_parser
 from .small_gptface import open_gptface
+from ..lab.batches import seed_of
 from ..lab.errors import InputError
 from ..lab.inputs import input_hash, input_path
 from ..lab.record import Row, measured
@@ -124,6 +125,29 @@ def repairs(editor: FaceEditor, images: Sequence[np.ndarray], seed: int) -> tupl
         row += [left, right, editor.stitch(left, right, face="whole", seed=seed).image]
     return sheet([row for row in shown[:3] if len(row) == 6], ["scratched", "mask", "restored", "left", "right", "stitched"]), rows
 
+
+def without_glasses(editor: FaceEditor, items: Sequence, net: AttributeNet, seed: int, most: int = 24) -> tuple[plt.Figure | None, list[Row]]:
+    "Glasses taken away by `remove_occlusion`: of each person who wears some, a photo. No figure and no row where nobody does."
+    number = ATTRIBUTES.index("Eyeglasses")
+    worn = list({item.identity: item for item in reversed(items) if item.attributes[number] > 0 and abs(item.pose[0]) < 0.5}.values())[::-1]
+    worn = [item for item, sees in zip(worn, answers(net, [item.image for item in worn])[:, number] if worn else ()) if sees][:most]
+    if not worn:
+        return None, []
+    images, made, shown, sides = [item.image for item in worn], [], [], []
+    for k, image in enumerate(images):
+        try:
+            made.append(editor.remove_occlusion(image, also=("glasses",), face="whole", seed=seed_of(seed, 10, k)).image)
+        except InputError:  # the parser sees none
+            made.append(image)
+    gone = lambda seen: 100.0 * ~answers(net, seen)[:, number]
+    people, said = np.array([item.identity for item in worn]), lambda image: ", ".join(next(iter(group)) for group in editor.classify(image, face="whole").values())
+    rows = [measured(who, "glasses judged gone", gone(seen), people, unit="%", better="higher", data="photos with glasses") for who, seen in (("remove_occlusion", made), ("the tokenizer alone", tokenized(editor.vqgan, images)))]
+    for image, after in list(zip(images, made))[:4]:
+        mask = (image != after).any(2)
+        shown.append([image, shaded(image, mask), after])
+        sides.append(f"{said(image)}\n-> {said(after)}")
+    return sheet(shown, ["photo", "changed", "taken away"], sides), rows
+
 # %% ../../nbs/gptface/88_edit_stage.ipynb #opened
 def opened_editor(job: Job) -> FaceEditor:
     "The GPTFace that the profile names, without a parser. Raises `InputError` where it is missing."
@@ -182,8 +206,9 @@ def run(
     rows += photo_rows(editor.vqgan, test, net, "test people") + accuracy_rows(net, parser, test, test_images, test_labels)
     shown = [item.image for item in {item.identity: item for item in reversed(test) if abs(item.pose[0]) < 0.5}.values()][-6:][::-1]  # one of each person
     figures = edit_figures(edits, made, job.edits) | {"fig6_tagging": tagging_figure(editor, shown[:5], job.tags), "fig7_reconstruction": codec_figure(editor, shown)}
-    for name, draw in (("fig8_inpainting", lambda: inpainting(editor, shown, 0.5, job.seed)), ("fig9_repair", lambda: repairs(editor, shown, job.seed))):
-        figures[name], more = draw()
+    for name, draw in (("fig8_inpainting", lambda: inpainting(editor, shown, 0.5, job.seed)), ("fig9_repair", lambda: repairs(editor, shown, job.seed)), ("fig10_uncovered", lambda: without_glasses(editor, test, net, job.seed))):
+        figure, more = draw()
+        figures |= {name: figure} if figure is not None else {}
         rows += more
     inputs = {"trained": input_hash(job.trained)}
     notes = [f"{len(edits.images)} edits of {job.test_people} people whom neither GPTFace nor judge nor parser has seen; faces taken as they are framed", f"guided: rows of the embedding, relative step {job.strength:g}, a gradient at every fourth of 12 iterations; literal: all weights, step {job.literal:g}; codes are drawn at temperature {job.temperature:g}"]
