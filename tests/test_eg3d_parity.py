@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from fixture_files import fixture
+from torch.nn import functional as F
 
 from facelab.lab.arrays import read_safetensors
 from facelab.nets.eg3d import EG3DConfig, Generator
+from facelab.nets.eg3d_speed import plain_decode, plain_march, plain_superres
 from facelab.nets.resample import resize_filtered
 from facelab.nets.stylegan2 import StyleGAN2Config
 from facelab.nets.stylegan2_discriminator import DiscriminatorConfig, DualDiscriminator, with_deviation
-from facelab.nets.superres import SUPERRES
+from facelab.nets.superres import SUPERRES, Superresolution
 from facelab.nets.triplane import NEXT3D_AXES
-from facelab.nets.volume import RayDraws, VolumeConfig, camera_rays, coarse_depths, fine_depths
+from facelab.nets.volume import RayDraws, VolumeConfig, camera_rays, coarse_depths, fine_depths, render_rays
 
 SMALL = EG3DConfig(StyleGAN2Config(z_dim=32, embed=16, hidden=48, channel_base=1024, channel_max=8), VolumeConfig(12, 12), SUPERRES["2X"], neural_size=32)
 
@@ -252,3 +254,54 @@ def test_noise_on_labels(meta, pairs):
 @pytest.mark.parametrize("how", ["antialiased", "classic", "none", 0.5])
 def test_resizing(pairs, how):
     assert gap(resize_filtered(pairs["real_image"], 32, how)[: len(pairs[f"resize_{how}"])], pairs[f"resize_{how}"]) < 1e-5
+
+
+# What no official numbers are at hand for, against a naive reading
+
+
+@pytest.mark.parametrize("kind", sorted(SUPERRES))
+@pytest.mark.parametrize("side", [16, 32, 40])
+def test_every_super_resolution_is_what_it_says(kind, side):
+    torch.manual_seed(0)
+    row = replace(SUPERRES[kind], features=8, size_in=32, widths=(12, 8), clamp=None)
+    net = Superresolution(row, 16).eval().requires_grad_(False)
+    features, w = torch.randn(2, 8, side, side), torch.randn(2, 16)
+    enters = features if side == 32 or (side > 32 and kind == "4X") else F.interpolate(features, (32, 32), mode="bilinear", align_corners=False, antialias=True)
+    plain = plain_superres(net, enters, w)
+    assert gap(net(features, w), plain) < 1e-4 * float(plain.abs().max())
+    assert plain.shape[-1] == enters.shape[-1] * {"2X": 2, "4X": 2, "8X": 4, "8XDC": 4}[kind]
+
+
+@pytest.mark.parametrize("change", [{"near": None, "far": None}, {"disparity": True}, {"white": True}, {"near": None, "far": None, "white": True}, {"disparity": True, "white": True}])
+def test_other_ways_along_the_rays(small, numbers, planes, change):
+    config = replace(SMALL.volume, coarse=10, fine=0, **change)
+    cam = numbers["c"][:1].clone()
+    cam[0, [16, 20]] = 2.0  # a lens so wide that some rays miss the box
+    o, d = (part[0].double() for part in camera_rays(cam, 8))
+    draws = torch.rand(1, 64, 10, generator=torch.Generator().manual_seed(0))
+    steps, rows = [], []
+    for eye, ahead in zip(o.tolist(), d.tolist()):  # ray by ray
+        walls = [sorted((wall - e) / a for wall in (-0.5, 0.5)) for e, a in zip(eye, ahead)]
+        enters, leaves = max(near for near, _ in walls), min(far for _, far in walls)
+        rows.append((enters, leaves) if leaves > enters else None)
+    entries = [row[0] for row in rows if row]
+    for k, row in enumerate(rows):
+        u = draws[0, k].double()
+        if config.near is None:
+            near, far = row or (min(entries), max(entries))
+            steps.append(torch.stack([near + (i + u[i]) / 9 * (far - near) for i in range(10)]))
+        elif config.disparity:
+            steps.append(torch.stack([1 / ((1 - (i + u[i]) / 9) / config.near + (i + u[i]) / 9 / config.far) for i in range(10)]))
+        else:
+            steps.append(torch.stack([config.near + (i + u[i]) / 9 * (config.far - config.near) for i in range(10)]))
+    assert None in rows or config.near is not None
+    depth = torch.stack(steps)[None, :, :, None].float()
+    at = (o.float()[:, None] + depth[0] * d.float()[:, None]).reshape(1, -1, 3)
+    density, colours = (x.view(1, 64, 10, -1) for x in plain_decode(planes[:1], small.decoder, at, config))
+    seen, mean, weights = plain_march(colours, density, depth)
+    if config.white:
+        seen = seen + 2 * (1 - weights.sum(2))
+    ours = render_rays(planes[:1], small.decoder, *camera_rays(cam, 8), config, RayDraws(draws, torch.zeros(1, 64, 0)))
+    assert gap(ours.features, seen) < 1e-4 and gap(ours.alpha, weights.sum(2)[..., 0]) < 1e-4
+    met = weights.sum(2)[..., 0] > 1e-3
+    assert met.any() and gap(ours.depth[met], mean[..., 0][met]) < 1e-4
