@@ -30,7 +30,7 @@ from .dataset import WITHOUT_FACE, training_set
 from .key import TEXT_REQUESTS as KEY_REQUESTS
 from .key import add_number_words, key_talks, train_key, written
 from .llava_training import PLAIN
-from .model import FaceGPT, check_camera, first_process, gathered
+from .model import FaceGPT, check_camera, gathered
 from .objective import Embed, Weights
 from .photos import FacePhotos
 from .prompt import VICUNA_V1, Prompt
@@ -41,6 +41,7 @@ from .wordings import TEXT_REQUESTS, fill
 from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.errors import InputError, Skipped
 from ..lab.inputs import input_hash
+from ..lab.parallel import first_process
 from ..lab.paths import root
 from ..lab.progress import seed_everything
 from ..lab.record import Row
