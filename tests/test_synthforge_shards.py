@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from facelab.data.label_sets import label_set, remap_table
 from facelab.data.w300 import read_w300
 from facelab.face.align import FLIP68
 from facelab.lab.errors import AssetError, InputError, Skipped
 from facelab.lab.images import read_image
-from facelab.synthforge.annotated import AnnotatedFace
+from facelab.synthforge.annotated import SYNTH20, AnnotatedFace
 from facelab.synthforge.layouts import SetLayout, write_layout
 from facelab.synthforge.shard_set import check_shards, read_shards
 from facelab.synthforge.shards import PARTS, ShardPlan, encode_face, is_written, png_bytes, write_shards
@@ -362,9 +363,36 @@ def test_coco_is_consistent(whole, tmp_path):
     assert {c["name"] for c in panoptic["categories"]} == set(names[1:])
 
 
+def test_layouts_never_write_numbers_of_another_scheme(tmp_path):
+    "SynthForge's twenty classes in LaPa's numbers: by the said scheme, or not at all."
+    labels = np.arange(20, dtype=np.uint8).repeat(2).reshape(5, 8)
+    face = AnnotatedFace("face", np.zeros((5, 8, 3), np.uint8), labels)
+    with pytest.raises(InputError, match="source"):
+        write_layout([face], tmp_path / "a", SetLayout("lapa"))
+    for kind, target in (("lapa", "lapa"), ("celebamask", "celebamask_readme")):
+        for source in ("synthforge", SYNTH20):
+            table = remap_table("synthforge", target).ids
+            layout = SetLayout(kind, source=source)
+            assert write_layout([face], tmp_path / kind, layout) == 1 and layout.names == label_set(target).classes
+            assert np.array_equal(layout.labels(face), np.array(table)[labels])
+    written = read_image(tmp_path / "lapa/train/labels/000000_0.png", "labels")
+    assert written.max() <= 10 and (written[labels == 19] == 0).all() and (written[labels == 16] == 6).all()
+    for wrong in (dict(source="lapa"), dict(ids=tuple(range(20)))):  # said to be LaPa's, or written as it is: numbers above 10
+        with pytest.raises(InputError, match="another scheme"):
+            write_layout([face], tmp_path / "b", SetLayout("lapa", **wrong))
+    with pytest.raises(InputError, match="no table knows"):
+        SetLayout("lapa", source=("a", "b"))
+    with pytest.raises(InputError, match="left and right"):  # two schemes of the same names
+        SetLayout("lapa", source=label_set("world19").classes)
+    mirrored = SetLayout("celebamask", source="world19").ids
+    assert mirrored != tuple(range(19)) and SetLayout("celebamask", source="celebamask_readme").ids == tuple(range(19))
+    coco = SetLayout("coco", source=SYNTH20)
+    assert coco.names == SYNTH20 and coco.background == 19 and SetLayout("300w").kind == "300w"
+
+
 def test_what_a_layout_cannot_hold_is_counted(tmp_path):
     bare, left = AnnotatedFace("bare", face_of(0).image), Skipped()
-    assert write_layout([face_of(1), bare], tmp_path / "l", SetLayout("lapa"), left) == 1 and left.items[0][0] == "bare"
+    assert write_layout([face_of(1), bare], tmp_path / "l", SetLayout("lapa", source="lapa"), left) == 1 and left.items[0][0] == "bare"
     with pytest.raises(InputError, match="without labels"):
-        write_layout([bare], tmp_path / "x", SetLayout("lapa"))
+        write_layout([bare], tmp_path / "x", SetLayout("lapa", source="lapa"))
     assert len(FLIP68) == 68

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BARE', 'GENERATORS', 'FaceMaker', 'moves_of', 'WorldFaces', 'Rejection', 'shipped_points', 'GivenUp',
-           'numbered_faces', 'rejection_counts', 'world_faces', 'open_generator']
+           'numbered_faces', 'rejection_counts', 'world_faces', 'open_generator', 'in_scheme']
 
 # %% ../../nbs/synthforge/47_generator.ipynb #imports
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -26,6 +26,7 @@ from .annotate import HeadTopology, world_as_mesh
 from .annotated import SYNTH20, SYNTH20_FLIPS, AnnotatedFace
 from .draws import DrawRanges, FaceDraw, Guide, draw_face, focal_of
 from .shards import Make
+from .uv_labels import UVLabels
 
 # %% ../../nbs/synthforge/47_generator.ipynb #maker
 @runtime_checkable
@@ -78,15 +79,16 @@ class WorldFaces:
     classes: tuple[str, ...] = SYNTH20
     background: int = SYNTH20.index("background")
     flips: tuple[tuple[int, int], ...] = SYNTH20_FLIPS
+    labels: UVLabels | None = None  # another labelled texture: see `in_scheme`
 
     def __post_init__(self):
         head = face_model("procedural") if self.head is None else self.head
         object.__setattr__(self, "head", head)
-        object.__setattr__(self, "topology", HeadTopology.of_model(head))
+        object.__setattr__(self, "topology", HeadTopology.of_model(head, self.labels))
 
     def recipe(self) -> dict[str, Any]:
         "Sizes."
-        return {"generator": "world", "size": self.size, "supersample": self.supersample}
+        return {"generator": "world", "size": self.size, "supersample": self.supersample, **({} if self.labels is None else {"uv_labels": self.labels.sha()})}
 
     def one(self, draw: FaceDraw) -> AnnotatedFace:
         "A picture and what its mesh knows."
@@ -195,7 +197,12 @@ def rejection_counts(
     return {"kept": counts.pop("kept", 0), **dict(sorted(counts.items()))}
 
 # %% ../../nbs/synthforge/47_generator.ipynb #names
-GENERATORS = {"world": "facelab.synthforge.generator:world_faces", "next3d": "facelab.synthforge.next3d_faces:next3d_faces"}
+GENERATORS = {
+    "world": "facelab.synthforge.generator:world_faces",
+    "next3d": "facelab.synthforge.next3d_faces:next3d_faces",  # the shipped one
+    "next3d-official": "facelab.synthforge.flame_faces:next3d_official",  # the published one, from the user's files
+    "next3d-random": "facelab.synthforge.flame_faces:next3d_random",  # its size, untrained: for its speed
+}
 
 
 def world_faces(
@@ -219,3 +226,13 @@ def open_generator(
     if name not in GENERATORS and ":" not in name:
         raise InputError("generator", repr(name), f"one of {', '.join(GENERATORS)}, or module:function", "Name one of these.")
     return named_function(GENERATORS.get(name, name))(ranges, size, supersample, device)
+
+
+def in_scheme(
+    maker: FaceMaker,
+    labels: UVLabels,  # a labelled texture of the maker's mesh
+) -> FaceMaker:
+    "The same pictures, labelled by another texture. Raises `InputError` where the maker labels in another way."
+    if not is_dataclass(maker) or "labels" not in {field.name for field in fields(maker)}:
+        raise InputError(f"generator {maker.name}", "a labelled texture for it", "a generator with a mesh of its own", f"Take one of {', '.join(GENERATORS)}, or give yours a field `labels`.")
+    return replace(maker, labels=labels, classes=labels.classes, background=labels.background, flips=labels.flips)

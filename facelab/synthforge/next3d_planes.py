@@ -53,15 +53,19 @@ def mesh_views(
     frame: MeshFrame = FRAMES["flame"],
     size: int = 256,  # of the planes, pixels
     backend: str = "auto",  # of `rasterize`
+    sides: bool = True,  # False: the front alone is drawn, and the other views are empty
 ) -> MeshViews:
     "The four views of each mesh."
     if len(face_uv) != len(faces) or mouth.shape[:2] != (len(verts), 12):
         raise ShapeError("mesh_views", f"{len(faces)} triangles, {len(face_uv)} in the chart, mouth {tuple(mouth.shape)}", f"as many of both, ({len(verts)}, 12, 3)", "Landmarks 48..59 of iBUG's 68 are the outer lips.")
     back, at, hits = [0, 2, 1], [], []
-    for angles in VIEW_ANGLES:
+    for angles in VIEW_ANGLES if sides else VIEW_ANGLES[:1]:
         seen = rasterize(before_camera(verts, angles, frame), faces[:, back], size, cull_backfaces=True, backend=backend)
         at.append(interpolate(seen, face_uv[None, :, back], faces[:, back])[:, :, :, 0])
         hits.append(seen.pix_to_face[..., 0] >= 0)
+    for _ in range(len(VIEW_ANGLES) - len(hits)):
+        at.append(torch.zeros_like(at[0]))
+        hits.append(torch.zeros_like(hits[0]))
     return MeshViews(torch.stack(at, 1), torch.stack(hits, 1), before_camera(mouth, VIEW_ANGLES[0], frame)[..., :2] * -1)
 
 
@@ -75,7 +79,7 @@ def views_for(
     if not bool(net.face_uvcoords.any()):
         raise InputError("Next3D", "a generator without a mesh", "triangles and their chart", "Call set_mesh.")
     device = net.face_uvcoords.device
-    return mesh_views(verts.to(device), landmarks[:, 48:60].to(device), net.faces[0], net.face_uvcoords[0, :, :, :2], frame, net.config.backbone.size)
+    return mesh_views(verts.to(device), landmarks[:, 48:60].to(device), net.faces[0], net.face_uvcoords[0, :, :, :2], frame, net.config.backbone.size, sides=not net.config.front_only)
 
 
 def set_head(

@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class ShardSet(PhotoSet[AnnotatedFace]):
     plan: ShardPlan
     shards: list[dict[str, Any]]  # file, items, skipped, bytes, sha256
     keep: int = 8  # shards whose places are remembered
+    left: tuple[str, ...] = ()  # endings that are not read: see `without`
     _places: dict[int, dict] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -119,6 +120,12 @@ class ShardSet(PhotoSet[AnnotatedFace]):
         at %= len(self)
         shard = bisect_right(self._ends, at)
         return shard, at - (self._ends[shard] - self.shards[shard]["items"])
+
+    def without(self, *parts: str) -> "ShardSet":
+        "The same faces with some maps unread: labels, depth, normals."
+        if wrong := set(parts) - {"labels", "depth", "normals"}:
+            raise InputError("ShardSet.without", ", ".join(sorted(wrong)), "labels, depth or normals", "Landmarks cost next to nothing.")
+        return replace(self, left=tuple(f"{part}.png" for part in parts), _places={})
 
     def name_of(self, at: int) -> str:
         "What an item is called in messages."
@@ -142,7 +149,7 @@ class ShardSet(PhotoSet[AnnotatedFace]):
             raise InputError(path, f"{len(places)} items", f"{self.shards[shard]['items']}, as the index says", "Run the writer again, or copy the folder whole.")
         with open(path, "rb") as tar:
             for ending, (start, size) in places[sorted(places)[inside]].items():
-                if endings is None or ending in endings:
+                if ending not in self.left if endings is None else ending in endings:
                     tar.seek(start)
                     found[ending] = tar.read(size)
         return found

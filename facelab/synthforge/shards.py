@@ -181,7 +181,7 @@ def add_file(
     tar.addfile(head, io.BytesIO(data))
 
 
-Make = Callable[[Sequence[int]], Sequence[AnnotatedFace | Exception]]  # item numbers -> faces, in their order
+Make = Callable[[Sequence[int]], Sequence[AnnotatedFace | dict[str, bytes] | Exception]]  # item numbers -> faces, or their files, in their order
 
 
 def faces_of_shard(
@@ -195,7 +195,7 @@ def faces_of_shard(
 
     def encoded(face):
         try:
-            return face if isinstance(face, Exception) else encode_face(face, plan.parts)
+            return face if isinstance(face, (Exception, dict)) else encode_face(face, plan.parts)
         except InputError as error:
             return error
 

@@ -23,11 +23,11 @@ from .shard_set import ShardSet, read_shards
 
 # %% ../../nbs/synthforge/72_synth_data.ipynb #data
 def run_data(
-    job: Job,  # generator, ranges, faces, each, size, supersample, seed, outside, off_px, people, photos, pixels, workers, device
+    job: Job,  # generator, ranges, faces, each, size, supersample, seed, outside, off_px, people, photos, pixels, workers, device, uv_labels
 ) -> Outcome:
     "Synthetic faces in shards, and the embedded real sets (paper 3.1, 4.2)."
     folder = job.checkpoint()
-    spec = SynthSpec(job.faces, job.generator, job.ranges, job.size, job.supersample, job.seed, job.each, Rejection(None if job.outside < 0 else job.outside, job.off_px or None))
+    spec = SynthSpec(job.faces, job.generator, job.ranges, job.size, job.supersample, job.seed, job.each, Rejection(None if job.outside < 0 else job.outside, job.off_px or None), uv_labels=job.uv_labels)
     rank, alone = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) == 1
     if alone:
         clear_others(folder / "shards", spec)
@@ -36,7 +36,7 @@ def run_data(
     drawn = sum(found.values())
     for reason, count in found.items():
         rows.append(Row(data.plan.recipe["generator"], f"draws: {reason}", 100.0 * count / drawn, n=drawn, unit="%", better="none", data=f"{job.ranges}'s ranges"))
-    notes.append(f"{len(data):,} synthetic faces of {drawn:,} draws, generator {job.generator}, ranges of the {job.ranges}; labels without hair, from the mesh alone")
+    notes.append(f"{len(data):,} synthetic faces of {drawn:,} draws, generator {job.generator}, ranges of the {job.ranges}; labels without hair, from the mesh alone" + (f", by the texture {job.uv_labels}" if job.uv_labels else ""))
     if job.people and rank == 0:
         train, val, test = (int(v) for v in job.people.split(","))
         for name in KINDS:
