@@ -201,6 +201,34 @@ def test_alignment_terms_vanish_where_everything_fits(head):
     assert torch.isfinite(gradient).all() and (gradient.abs() > 0).all()
 
 
+def test_alignment_readings_of_the_batch_and_the_mask(head, monkeypatch):
+    "Ten faces: chamfer and depth count ten times by the authors' sum, once by the mean; landmarks once in both. Off the volume, depth counts where the mesh is, or not at all."
+    assert [AlignConfig().weight(name, 10) for name in ("chamfer", "depth", "points", "jaw")] == [10, 10, 1, 1]
+    assert {AlignConfig(over_batch="mean").weight(name, 10) for name in ("chamfer", "depth", "points", "jaw")} == {1}
+    verts, camera = head.mean / AlignMap().unit_mm, sample_orbit(1, torch.Generator().manual_seed(0), 0.1, 0.1)
+    marks = head.landmarks(head.mean[None])[0] / AlignMap().unit_mm
+    depth = mesh_depth(verts, head.faces, camera, 32)
+    found = camera.project(head.landmarks(head.mean[None]), 1)[0][0]
+    part = depth.clone()
+    part[:, :16] = 0  # unknown on the left
+    sample = AlignSample(verts, marks, camera.pack()[0], verts[verts[:, 2] > 0.09], part, found)
+    own = depth > 0
+    wrong = (depth - part)[own].square().sum() / own.sum()
+    with torch.no_grad():
+        on_mesh, on_both = (align_terms(AlignMap(0.0), head.faces, sample, AlignConfig(depth_on=kind))["depth"] for kind in ("mesh", "both"))
+    assert torch.isclose(on_mesh, 1000 * wrong, rtol=1e-4) and on_both < 1e-6
+    losses = []
+    monkeypatch.setattr("facelab.synthforge.align_map.train", lambda how, models, players, source, *rest: losses.append(players[0].loss_fn(models, [sample, sample], None)) or 1 / 0)
+    for kind in ("sum", "mean"):
+        with pytest.raises(ZeroDivisionError):
+            fit_align_map(lambda index, rng: sample, 2, [sample], head.faces, AlignConfig(batch=2, over_batch=kind, depth_on="both"))
+    one, other = losses
+    assert torch.isclose(one["chamfer"], 2 * other["chamfer"]) and torch.isclose(one["points"], other["points"]) and torch.isclose(one["loss"], sum(one[n] for n in ("chamfer", "depth", "points", "jaw")))
+    for bad in (dict(over_batch="max"), dict(depth_on="sky")):
+        with pytest.raises(InputError, match="the authors'"):
+            AlignConfig(**bad)
+
+
 def test_alignment_resumes_to_the_same_map(head, tmp_path):
     unit, true = AlignMap().unit_mm, AlignMap(0.03)
     keep = torch.arange(0, head.num_verts, 6)
@@ -215,7 +243,7 @@ def test_alignment_resumes_to_the_same_map(head, tmp_path):
         return AlignSample(verts, marks, camera.pack()[0], dense, mesh_depth(there, head.faces, camera, 24), camera.project(true(marks)[None] * unit, 1)[0][0])
 
     val = [painted(0, np.random.default_rng(9))]
-    config = AlignConfig(batch=2, rate=3e-3, epochs=3)
+    config = AlignConfig(batch=2, rate=3e-3, epochs=3, depth_on="both")
     folder = tmp_path / "align"
     first, curve = fit_align_map(painted, 4, val, head.faces, config, folder, False)
     again, same = fit_align_map(painted, 4, val, head.faces, config, folder, False)  # finds it finished

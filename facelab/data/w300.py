@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'SETS', 'PICTURES', 'PUBLISHED', 'write_pts', 'read_pts', 'W300Item', 'W300', 'stem_of', 'read_w300',
-           'check_w300', 'write_w300']
+           'check_w300', 'extra_w300', 'write_w300']
 
 # %% ../../nbs/data/55_w300.ipynb #imports
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,16 @@ def check_w300(
     notes += noted("pictures without points", (p.relative_to(root).as_posix() for p in bare))
     notes += noted("pictures and points of unlike names", (picture.relative_to(root).as_posix() for picture, points in data.pairs if picture.stem != points.stem))
     return walk("300-W", root, data, left_out, lambda item: [("folder", item.name.rpartition("/")[0])], notes, every=every)
+
+# %% ../../nbs/data/55_w300.ipynb #extra-w300
+def extra_w300(
+    data: W300,
+) -> list[str]:  # remarks; none where no part holds more than was published
+    "Parts of 300-W with more points than were published, and mirrored copies."
+    counts = Counter(points.parent.relative_to(data.root).as_posix().lower() for _, points in data.pairs)
+    notes = [f"300-W {part}: {counts[part]:,} pictures, {known:,} published" for part, known in PUBLISHED.items() if counts[part] > known]
+    mirrored = sum(stem_of(points).endswith("_mirror") for _, points in data.pairs)
+    return notes + ([f"300-W: {mirrored:,} of {len(data):,} pictures are mirrored copies (_mirror), which the published numbers do not count"] if mirrored else [])
 
 # %% ../../nbs/data/55_w300.ipynb #write-w300
 def write_w300(

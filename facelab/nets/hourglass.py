@@ -133,11 +133,14 @@ def heat_place(
     grid: str = "corners",  # or "centres"
 ) -> Float[Tensor, "b l 2"]:  # x, y in [-1, 1]
     "The mean place of each map."
+    if heat.dtype in (torch.bfloat16, torch.float16):  # eight bits of mantissa are half a pixel of 256
+        heat = heat.float()
     k, m = heat.shape[2:]
     stretch = (lambda n: (n - 1) / n) if grid == "centres" else lambda n: 1.0
     y, x = (torch.linspace(-1, 1, n, dtype=heat.dtype, device=heat.device) * stretch(n) for n in (k, m))
     share = heat / heat.sum((2, 3), keepdim=True).clamp(min=1e-6)
-    return torch.stack([share.sum(2) @ x, share.sum(3) @ y], -1)
+    with torch.autocast(heat.device.type, enabled=False):
+        return torch.stack([share.sum(2) @ x, share.sum(3) @ y], -1)
 
 # %% ../../nbs/nets/92_hourglass.ipynb #out
 class HourglassMaps(NamedTuple):

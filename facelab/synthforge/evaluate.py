@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CROPS', 'WHOLE', 'SYNTHFORGE_LAPA', 'CropChoice', 'box_around', 'square_of', 'labels_back', 'Scoring', 'Evaluation',
-           'asked', 'check_truth', 'score_labels', 'score_points', 'evaluate', 'evaluate_300w', 'label_rows']
+           'asked', 'one_each', 'check_truth', 'score_labels', 'score_points', 'evaluate', 'evaluate_300w',
+           'label_rows']
 
 # %% ../../nbs/synthforge/62_evaluate.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from ..data.face_crop import FaceBox, FaceCrop, crop_face, move_points
 from ..data.find_faces import faces_of
-from ..data.w300 import read_w300
+from ..data.w300 import extra_w300, read_w300
 from ..lab.errors import InputError, Skipped
 from ..lab.record import Row
 from ..nets.landmarks import BaseLandmarks
@@ -146,12 +147,13 @@ class Evaluation:
     counts: list[np.ndarray] = field(default_factory=list)  # 3 k, of each picture with labels
     failed: Skipped = field(default_factory=Skipped)  # faces without an answer; they are scored
     left_out: Skipped = field(default_factory=Skipped)  # pictures whose truth is broken; they are not
+    notes: list[str] = field(default_factory=list)  # what is odd about the set
 
     def report(self) -> str:
         "What to print."
         total = len(self.names) + len(self.left_out)
         failed = f"\n{len(self.failed)} of {len(self.names)} faces without an answer; the first: {self.failed.items[0][1]}" if len(self.failed) else ""
-        return f"{self.method}, {self.crop}: {self.left_out.report(total)}{failed}"
+        return f"{self.method}, {self.crop}: {self.left_out.report(total)}{failed}" + "".join(f"\n{note}" for note in self.notes)
 
     def nme(self, part: Callable[[str], bool] = lambda name: True) -> np.ndarray:  # percent; inf: failed
         "Errors of the faces with true landmarks, perhaps of a part of them."
@@ -174,17 +176,29 @@ def asked(
             cut.append((item, None, error))
     shown = [(crop.image if crop else item.image) for item, crop, error in cut if error is None]
     try:
-        answers = iter(predictor(shown) if shown else [])
+        said = list(predictor(shown)) if shown else []
     except InputError:
-        answers = (_alone(predictor, picture) for picture in shown)
+        said = [_alone(predictor, picture) for picture in shown]
+    answers = iter(one_each(said, len(shown), predictor))
     for item, crop, error in cut:
         yield item, crop, error if error is not None else next(answers)
+
+
+def one_each(
+    said: list,  # a predictor's answers
+    shown: int,  # pictures
+    predictor: Predictor,
+) -> list:  # the same
+    "Refuse answers that cannot be told whose they are."
+    if len(said) != shown:
+        raise InputError(f"predictor {predictor.name}", f"{len(said)} answers to {shown} pictures", "one answer a picture, in their order", "Return Prediction() for a picture without a face.")
+    return said
 
 
 def _alone(predictor: Predictor, picture: np.ndarray) -> Prediction | InputError:
     "The answer to one picture, or the error."
     try:
-        return predictor([picture])[0]
+        return one_each(list(predictor([picture])), 1, predictor)[0]
     except InputError as error:
         return error
 
@@ -275,6 +289,7 @@ def evaluate_300w(
     data = read_w300(root, "full", missing)
     result = evaluate(predictor, data.items(missing), choice, Scoring())
     result.left_out.items += missing.items
+    result.notes += extra_w300(data)
     hard = lambda name: name.lower().startswith("ibug")
     parts = {"common": lambda name: not hard(name), "challenging": hard, "full": lambda name: True}
     errors = {name: result.nme(part) for name, part in parts.items() if len(result.nme(part))}

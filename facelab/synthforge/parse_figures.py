@@ -16,7 +16,7 @@ from ..data.label_sets import LabelSet, colour_labels, label_set
 from ..face.morphable import face_model
 from ..lab.errors import Skipped
 from .annotated import SYNTH20, AnnotatedFace
-from .model import FineTuned, SyntheticBackbone
+from .model import FineTuned, Predictions, SyntheticBackbone
 from .objective import NOT_JUDGED
 from .predictor import NetPredictor
 from .real_sets import RealSet, cut_faces
@@ -114,11 +114,12 @@ def parse_figure(
 def _answers(face: AnnotatedFace, nets, schemes, points, scheme) -> tuple[list, list]:
     "The pictures of a row, and the landmarks over them."
     images = torch.from_numpy(face.image).permute(2, 0, 1)[None].float() / 127.5 - 1
-    size, said = len(face.image), {name: net(images) for name, net in nets.items()}
+    ask = lambda net: Predictions(*(None if part is None else part.cpu() for part in net(images.to(next(net.parameters()).device))))
+    size, said = len(face.image), {name: ask(net) for name, net in nets.items()}
     pictures, marks = [face.image], [said["SB"].pixels(size)[0].numpy()]
     if points is not None:
         pictures.append(face.image)
-        marks.append(points(images).pixels(size)[0].numpy())
+        marks.append(ask(points).pixels(size)[0].numpy())
     pictures.append(labelled_picture(face.labels, scheme))
     for name in nets:
         pictures.append(labelled_picture(said[name].seg.argmax(1)[0].numpy().astype(np.uint8), schemes[name]))
