@@ -66,7 +66,7 @@ def test_cameras_of_the_two_makers_agree():
     ours = torch.from_numpy(np.stack([label_of(orbit_view(y, p)) for y, p in ((0.0, 0.0), (0.4, 0.1), (-0.7, -0.2))]))
 
     class Config:
-        pivot, radius = PIVOT, 2.7
+        pivot, radius, orbit = PIVOT, 2.7, None
 
     theirs = orbit_labels(Config, [0.0, 0.4, -0.7], [0.0, 0.1, -0.2])
     assert torch.allclose(ours, theirs, atol=1e-5)

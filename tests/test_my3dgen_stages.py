@@ -23,6 +23,7 @@ from facelab.nets.eg3d import EG3DConfig, Generator
 from facelab.nets.eg3d_convert import save_eg3d
 from facelab.nets.stylegan2 import StyleGAN2Config
 from facelab.nets.superres import SuperresConfig
+from facelab.nets.texture_planes import MeshViews, texture_views
 from facelab.nets.volume import VolumeConfig
 
 pytestmark = pytest.mark.skipif(not (bases_dir() / "identity" / "model.safetensors").is_file(), reason="no bases/identity/model.safetensors: dvc pull bases/identity/model.safetensors.dvc")
@@ -140,3 +141,8 @@ def test_cameras_of_a_generator():
     assert seen.depth.shape == (2, 1, 16, 16) and torch.allclose(seen.cams[1], turned, atol=1e-4)
     assert (seen.landmarks[0].mean(0) - 32).abs().max() < 10, "the head is in the middle"
     assert "orbit" not in shipped.to_dict() and EG3DConfig.from_dict(json.loads(json.dumps(LIKE_OFFICIAL.to_dict()))) == LIKE_OFFICIAL
+
+
+def test_views_of_a_mesh_follow_the_texture_to_its_device():
+    views = MeshViews(torch.zeros(1, 4, 8, 8, 2), torch.ones(1, 4, 8, 8, dtype=torch.bool), torch.zeros(1, 12, 2))
+    assert texture_views(torch.empty(1, 3, 16, 16, device="meta"), views).device.type == "meta"
