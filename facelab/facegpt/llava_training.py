@@ -171,7 +171,7 @@ def teach_llava(
         torch.manual_seed(config.seed)
         copy = nn.Linear(llava.hidden_size, llava.model.config.vision_config.hidden_size)
     player = Player("language", language_loss(photos, config, opening), ["talker", "copy"], lambda weights: torch.optim.AdamW(weights, config.rate, (0.9, 0.98), weight_decay=config.decay), Cosine(config.steps, min(config.warmup, config.steps // 5)))
-    how = TrainConfig(config.steps, config.batch, clip=1.0, seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 100))
+    how = TrainConfig(config.steps, config.batch, clip=1.0, seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 100), device="cpu")  # photos and talks stay there
     calls = [Every(max(1, config.steps // 8), look)] if look else []
     facts = {"lessons": asdict(config), "photos": int(photos.images.sum(dtype=torch.int64)), "talks": int(sum(int(row.input_ids.sum()) for row in talks.rows))}
     done = train(how, {"talker": talker, "copy": copy}, [player], talk_source(talks, 2), scratch, calls, facts, label)

@@ -192,10 +192,10 @@ def train_tower(
         with run.evaluating():
             return tower_scores(tower, lesson, val)
 
-    how = TrainConfig(config.steps, config.batch, clip=5.0, seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 100))
+    how = TrainConfig(config.steps, config.batch, clip=5.0, seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 100), device="cpu")  # photos stay there
     source = Items.numbers(len(photos))
     calls = [Every(max(1, config.steps // 8), look)] if val is not None else []
-    done = train(how, {"tower": tower, "lesson": lesson}, [player], source, scratch, calls, {"lessons": config.facts(), "data": int(photos.images.long().sum())}, label)
+    done = train(how, {"tower": tower, "lesson": lesson}, [player], source, scratch, calls, {"lessons": config.facts(), "data": int(photos.images.sum(dtype=torch.int64))}, label)
     tower.eval()
     with torch.no_grad():
         tower.standardise(torch.cat([tower.summary(2 * photos.pictures(k) - 1) for k in torch.arange(len(photos)).split(256)]))
