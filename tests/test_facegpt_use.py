@@ -358,7 +358,7 @@ def test_calls_that_are_none(gpt, call):
         call(gpt)
 
 
-@pytest.mark.parametrize("text", ["A man wearing 3D glasses", "a mesh hat and a broad smile", "a reconstructed nose", "skin like a 3D printed mask"])
+@pytest.mark.parametrize("text", ["A man wearing 3D glasses", "a man in 3D glasses", "a mesh hat and a broad smile", "a reconstructed nose", "skin like a 3D printed mask"])
 def test_descriptions_with_words_of_requests(text):
     assert as_request(text) == TEXT_REQUESTS[0].format(description=text)
 
@@ -595,6 +595,11 @@ def test_command_talks(run, photo_file, tmp_path, capsys, monkeypatch):
 def test_command_on_a_device_that_is_not_there(run, tmp_path, capsys):
     assert main(["imagine", str(run), WISH, "--device", "cuda:99", "--out", str(tmp_path)]) == 2
     assert "device" in capsys.readouterr().err
+
+
+def test_command_in_half_precision(run, tmp_path, capsys):
+    assert main(["imagine", str(run), WISH, "--dtype", "bfloat16", "--out", str(tmp_path), "--files", "json"]) == 0
+    assert read_json(tmp_path / "text_000.json")["faces"][0]["focal"] is None
 
 
 def test_command_as_a_program(run, tmp_path):

@@ -175,7 +175,7 @@ FaceGPT.reconstruct = reconstruct
 # %% ../../nbs/facegpt/50_use.ipynb #imagine
 REQUEST_WORDS = re.compile(r"""
     \b 3-?\s?d ( mm | [\s-]+ (morphable|model|face|head|mesh|shape|parameters?|reconstruction|person|people) )
-  | \b in \s 3-?\s?d \b | \b (mesh|parameters) \s (of|for) \b | \b reconstruct (ion)? \s (the|this|a|both|my|of) \b
+  | \b in \s 3-?\s?d \b (?! \s \w ) | \b (mesh|parameters) \s (of|for) \b | \b reconstruct (ion)? \s (the|this|a|both|my|of) \b
 """, re.IGNORECASE | re.VERBOSE)  # ours: somebody who asks, not somebody in 3D glasses
 
 
@@ -295,6 +295,7 @@ def arguments() -> argparse.ArgumentParser:
         sub.add_argument("model", help="folder of FaceGPT.save_pretrained")
         sub.add_argument("--base", help="folder of its LLaVA; default: where the model says")
         sub.add_argument("--device", default="cpu")
+        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the base's weights in memory")
         sub.add_argument("--out", default=None if task == "chat" else "faces", help="folder for the files")
         sub.add_argument("--files", default="glb,png,json", help=f"endings, of {', '.join(e[1:] for e in ENDINGS)}")
         if task != "imagine":
@@ -373,7 +374,7 @@ def main(args: list[str] | None = None) -> int:  # exit status
     try:
         if odd := [e for e in endings if f".{e}" not in ENDINGS]:
             raise InputError("--files", odd[0], ", ".join(e[1:] for e in ENDINGS), "Correct the call.")
-        gpt = FaceGPT.from_pretrained(chosen.model, chosen.base, device=chosen.device)
+        gpt = FaceGPT.from_pretrained(chosen.model, chosen.base, device=chosen.device, dtype=getattr(torch, chosen.dtype))
         if chosen.task == "chat":
             return converse(gpt, chosen, endings)
         if chosen.task == "imagine":
