@@ -487,6 +487,7 @@ def test_cuda_without_a_gpu(base, monkeypatch):
 
 
 def test_every_process_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setenv("LOCAL_RANK", "5")
     assert own_device("cuda") == "cuda:5" and own_device("cpu") == "cpu" and own_device("cuda:2") == "cuda:2"
