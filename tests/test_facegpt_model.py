@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
+from facelab.lab.parallel import local_device
 from facelab.data.instruct import Talk, Turn
-from facelab.facegpt.base import own_device
 from facelab.facegpt.model import ANSWER, FaceGPT, FaceHead, from_pretrained
 from facelab.facegpt.prompt import VICUNA, Encoder, Prompt, ask, collate
 from facelab.facegpt.talker import Talker
@@ -490,9 +490,11 @@ def test_every_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    assert own_device("cuda") == "cuda:5" and own_device("cpu") == "cpu" and own_device("cuda:2") == "cuda:2"
+    assert [str(local_device(name)) for name in ("cuda", "cpu", "cuda:2")] == ["cuda:5", "cpu", "cuda:2"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert own_device("cuda") == "cuda"
+    assert str(local_device("cuda")) == "cuda:0"
+    with pytest.raises(InputError, match="gpu"):
+        local_device("gpu")
 
 
 def test_a_folder_can_move_with_its_base(base, tmp_path):

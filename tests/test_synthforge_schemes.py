@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_flame_faces import home  # noqa: F401
 
+from facelab.lab.parallel import local_device
 from facelab.face.morphable import face_model
 from facelab.lab.errors import InputError
 from facelab.lab.files import write_json
@@ -15,7 +16,7 @@ from facelab.lab.images import write_image
 from facelab.lab.paths import root
 from facelab.synthforge import generate
 from facelab.synthforge.annotated import SYNTH20, SYNTH20_FLIPS
-from facelab.synthforge.generate import SynthSpec, generate_faces, own_device, write_part
+from facelab.synthforge.generate import SynthSpec, generate_faces, write_part
 from facelab.synthforge.relabel import relabel_shards
 from facelab.synthforge.shard_set import read_shards
 from facelab.synthforge.uv_labels import merge_uv_labels, open_uv_labels, uv_labels_of
@@ -96,8 +97,9 @@ def test_flips_of_a_scheme_are_names(tmp_path):
 
 def test_each_process_has_its_own_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert [own_device("cuda", k) for k in (0, 3, 5)] == ["cuda:0", "cuda:3", "cuda:1"] and own_device("cpu", 3) == "cpu" and own_device("cuda:2", 1) == "cuda:2"
+    assert [str(local_device(name, k)) for name, k in (("cuda", 0), ("cuda", 3), ("cuda", 5), ("cpu", 3), ("cuda:2", 1))] == ["cuda:0", "cuda:3", "cuda:1", "cpu", "cuda:2"]
     seen, real = [], generate.open_generator
     monkeypatch.setattr(generate, "open_generator", lambda name, ranges, size, supersample, device: seen.append(device) or real(name, ranges, size, supersample, "cpu"))
     spec = SynthSpec(6, "facelab.synthforge.generate:grey_faces", size=16, each=2)
@@ -107,8 +109,8 @@ def test_each_process_has_its_own_gpu(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     generate_faces(spec, tmp_path / "two", 1, "cuda", 1e9)
     assert seen == ["cuda:0", "cuda:1", "cuda:2"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="no GPU"):
-        own_device("cuda")
+        local_device("cuda")
 
 

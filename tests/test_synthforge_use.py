@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from facelab.lab.parallel import local_device
 from facelab.data.w300 import extra_w300, read_w300, write_pts
 from facelab.lab.errors import InputError, Skipped
 from facelab.lab.images import write_image
@@ -23,7 +24,6 @@ from facelab.synthforge.parse_tables import crop_of, named_method, run_eval
 from facelab.synthforge.predictor import Prediction
 from facelab.synthforge.real_sets import RealRecipe, RealSet, write_real_sets
 from facelab.synthforge.shard_set import ShardSet
-from facelab.synthforge.training import device_for
 from facelab.synthforge.use import TrainedParser, read_net, save_net, trained_parser, with_landmarks
 
 TINY = BackboneConfig(32, 4, 2, 20, HourglassConfig(cin=4, halvings=1, channels=8, levels=2, grid="centres"))
@@ -171,15 +171,15 @@ def test_loaders_and_devices_reach_the_training(monkeypatch):
     for profile, count in (("mini", 0), ("gpu", 8), ("paper", 16)):
         size = stages_of(Job("synthforge-train", profile, profile_values("synthforge-train", profile)))
         assert (size.one.workers, size.two.workers) == (count, count)
-    assert device_for("cpu") == "cpu"
+    assert local_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_for("auto") == "cpu"
+    assert local_device("auto").type == "cpu"
     with pytest.raises(InputError, match="no GPU"):
-        device_for("cuda")
+        local_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert device_for("auto") == device_for("cuda") == "cuda:3"
+    assert str(local_device("auto")) == str(local_device("cuda")) == "cuda:3"
 
 
 

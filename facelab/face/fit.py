@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pose_from_landmarks', 'code_camera', 'posed_landmarks', 'landmark_model', 'light_from_photo', 'FitConfig', 'descend',
-           'FitResult', 'see', 'fit_landmarks', 'fit_light', 'photo_stage', 'fit_batch', 'fit_rows', 'fit']
+           'FitResult', 'see', 'fit_landmarks', 'fit_light', 'photo_stage', 'fit_batch', 'fit']
 
 # %% ../../nbs/face/80_fit.ipynb #imports
 import math
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .camera import HEAD_PIVOT, ORTHO_SCALE, Camera, euler_angles
 from .code import FaceCode
+from .fit_input import fit_rows
 from .light import AMBIENT, sh_basis
 from .morphable import MorphableModel, combine
 from .objective import EQ5, Objective, face_loss, over
@@ -310,42 +311,6 @@ def fit_batch(
         features = (embed(over(picture.image, picture.alpha, images), found), embed(images, landmarks_2d)) if embed else None
         total, terms = face_loss(config.objective, code, image=images, rendered=picture.image, alpha=picture.alpha, skin=skin, landmarks=(found, landmarks_2d, width), features=features)
     return FitResult(code, code_camera(code.camera, config.focal), code.sh_coeffs(), verts, found, picture.image, picture.alpha, {**terms, "total": total})
-
-# %% ../../nbs/face/80_fit.ipynb #fit-rows
-def fit_rows(
-    model: MorphableModel,  # whose dtype and device all share
-    images: Tensor | None,  # as for `fit`
-    landmarks_2d: Tensor,
-    width: int,  # of the pictures, pixels
-    skin: Tensor | None = None,
-    skipped: Skipped | None = None,  # notes faces that cannot be fitted; None: the first is an error
-) -> list[int]:
-    "Which faces can be fitted. Raises `ShapeError` for what is wrong with all of them."
-    n, like = len(landmarks_2d), model.mean
-    fixes = {"landmarks_2d": "Give floats, pixels.", "images": "Divide bytes by 255, drop an alpha channel (images[:, :3]), crop square (facelab.face.align).", "skin": "One posterior a pixel: facelab.face.skin.skin_mask(images)."}
-    for (name, fix), value, shape in zip(fixes.items(), (landmarks_2d, images, skin), ((n, 68, 2), (n, 3, width, width), (n, 1, width, width))):
-        if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != like.dtype or value.device != like.device):
-            came = f"{tuple(value.shape)}, {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"fit: {name}", came, f"{shape}, {like.dtype} on {like.device}, as the model", fix)
-    reasons: dict[int, str] = {}
-
-    def note(bad: Tensor, say: Callable[[int], str]):
-        for row in bad.nonzero()[:, 0].tolist():
-            reasons.setdefault(row, say(row))
-
-    span = (landmarks_2d.amax(1) - landmarks_2d.amin(1)).amin(1)
-    note(~torch.isfinite(landmarks_2d).flatten(1).all(1), lambda row: "landmarks that are not finite")
-    note((span < 0.01 * width) | (landmarks_2d.abs().amax((1, 2)) > 10 * width), lambda row: f"landmarks {float(span[row]):.3g} pixels across, or far outside")
-    for name, value, floor, top in (("pixels", images, -0.5, 2.0), ("skin", skin, -0.01, 1.01)):  # resampled photos leave 0..1 a little
-        if value is not None:
-            low, high = value.flatten(1).aminmax(dim=1)
-            note(~((low >= floor) & (high <= top)), lambda row, name=name, low=low, high=high: f"{name} from {float(low[row]):.4g} to {float(high[row]):.4g}")
-    errors = {row: InputError(f"fit: face {row}", why, "finite landmarks inside the picture, colours and skin in 0..1", "Look at this photo; divide bytes by 255.") for row, why in sorted(reasons.items())}
-    if errors and (skipped is None or len(errors) == n):
-        raise next(iter(errors.values()))
-    for row, error in errors.items():
-        skipped.add(f"face {row}", error)
-    return [row for row in range(n) if row not in errors]
 
 # %% ../../nbs/face/80_fit.ipynb #survivors
 def _survivors(fit_some, rows: list[int], skipped: Skipped | None) -> tuple:  # the result (None for no face), its rows

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'BenchTalk', 'ask_bench', 'base_photos', 'make', 'base_rows', 'base_config', 'llava_from_parts',
-           'llava_folder', 'open_llava', 'own_device', 'base_prior']
+           'llava_folder', 'open_llava', 'base_prior']
 
 # %% ../../nbs/facegpt/84_base.ipynb #imports
 import hashlib
@@ -146,12 +146,7 @@ def open_llava(
     "The lab's LLaVA, or the user's."
     if precision not in DTYPES:
         raise InputError("precision", repr(precision), ", ".join(DTYPES), "Correct the profile.")
-    return load_llava(llava_folder() if which == "base" else input_path(which), DTYPES[precision], own_device(device))
-
-
-def own_device(device: str) -> str:
-    "The device of this process: of several on one machine, each has its own GPU."
-    return str(local_device(device)) if device == "cuda" and torch.cuda.device_count() > 1 else device
+    return load_llava(llava_folder() if which == "base" else input_path(which), DTYPES[precision], local_device(device))
 
 # %% ../../nbs/facegpt/84_base.ipynb #base-prior
 def base_prior(

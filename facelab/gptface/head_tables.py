@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.celeba import read_celeba
-from .few_shot import HeadTraining, LabelledFaces, celeba_faces, difference_row, few_shot_rows, gptface_features, raf_faces, rival_features, scaled
+from .few_shot import HeadTraining, LabelledFaces, celeba_faces, difference_row, few_shot_rows, gptface_features, raf_faces, rival_features
 from .decode import image_region
 from .guidance import Guidance
 from .masking import Masking, draw_hidden, hide, span_mask
 from .model import GPTFace, load_gptface
-from .pairs import encode_images, read_pairs
+from .pairs import encode_images, middle_square, read_pairs
 from .pretrain import TokenSet, matching_answers, token_set
 from .rivals import RIVALS, Rival, load_rival
 from .small_gptface import PretrainedFace
@@ -283,7 +283,7 @@ def run(
     (rows, _), (more, ranked) = side_by_side(judged, [(job, "heads", celeba, raf), (job, "words", celeba, None)], job.workers)
     rows = rows + more + (sheet_rows(input_path(job.ratings)) if job.ratings else [])
     photos = read_celeba(input_path(job.data)).split("test")
-    seen = torch.stack([scaled(item.image, job.size) for item in photos.items()])
+    seen = torch.stack([middle_square(item.image, job.size) for item in photos.items()])
     rows += reconstruction_rows(face.vqgan, seen, photos.identity, "VQGAN", "photos of the shipped data set")
     shown = {name: ranked[name] for name in ("GPTFace", "CLIP") if name in ranked}
     figures = {"fig6_tags": tag_figure(celeba.test, shown, marks, words), "fig7_tokenizer": tokenizer_figure(face.vqgan, seen)}

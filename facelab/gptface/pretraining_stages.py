@@ -23,9 +23,8 @@ from ..data.embedded import check_world
 from ..data.laion_face import read_laion_face, read_stats, write_laion_face
 from ..data.raf_db import read_raf_db, write_raf_db
 from ..data.world import people_of, world_items
-from .few_shot import scaled
 from .model import save_gptface
-from .pairs import captions_of, encode_images, encoder_of, laion_stream, read_pairs, stream_parts, web_vocabulary, write_pairs
+from .pairs import captions_of, encode_images, encoder_of, laion_stream, middle_square, read_pairs, stream_parts, web_vocabulary, write_pairs
 from .pretrain import Pretraining, TokenSet, pair_stream, pretrain
 from .rivals import RIVALS, RivalConfig, RivalData, save_rival, train_rival
 from .small_gptface import new_gptface, pretrain_small
@@ -128,7 +127,7 @@ def prepare(
     if job.labelled:
         items = list(read_celeba(input_path(job.labelled), skipped).items(skipped))
         _, people = np.unique([item.identity for item in items], return_inverse=True)
-        held |= {"labelled": torch.stack([scaled(item.image, job.size) for item in items]), "people": torch.from_numpy(people).long()}
+        held |= {"labelled": torch.stack([middle_square(item.image, job.size) for item in items]), "people": torch.from_numpy(people).long()}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "prepared.safetensors", held)
     vocab.write(folder)
@@ -264,7 +263,7 @@ def named_faces(
     names, people = np.unique(data.identity, return_inverse=True)
     if len(names) < 2:
         raise InputError(root, f"{len(names)} people", "identity_CelebA, and two people or more", "Fetch identity_CelebA.txt, or leave vit out.")
-    return Items(len(data), lambda at, rng: (scaled(data[at].image, size), int(people[at])), workers=workers), len(names)
+    return Items(len(data), lambda at, rng: (middle_square(data[at].image, size), int(people[at])), workers=workers), len(names)
 
 
 def train_from_stream(

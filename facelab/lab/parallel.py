@@ -34,13 +34,19 @@ def check_device(
 
 
 def local_device(
-    device: str = "auto",  # auto (a GPU where there is one), cpu or cuda
-) -> torch.device:  # of several GPUs the one that `LOCAL_RANK` says, as torchrun and accelerate launch set it
+    device: str = "auto",  # auto (a GPU where there is one), cpu, cuda, or a device by name, such as mps, which stays
+    number: int = 0,  # of this process, where no launcher says LOCAL_RANK
+) -> torch.device:  # of several GPUs the one of this number, or that `LOCAL_RANK` says, as torchrun and accelerate launch set it
     "The device of this process, where no training loop chooses it. Raises `InputError` as `check_device`."
+    if device not in ("auto", "cpu", "cuda"):
+        try:
+            return torch.device(device)
+        except RuntimeError:
+            raise InputError("device", repr(device), "auto, cpu, cuda, or a device of torch", "Correct the name.") from None
     check_device(device)
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", number)) % torch.cuda.device_count())
 
 
 def first_process() -> bool:

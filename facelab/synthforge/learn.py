@@ -20,6 +20,7 @@ import pandas as pd
 from ..lab.errors import InputError, Skipped
 from ..lab.files import file_sha256, write_csv
 from ..lab.inputs import input_hash, input_path
+from ..lab.parallel import local_device
 from ..lab.record import Row
 from ..lab.run import Job, Outcome
 from ..lab.side_by_side import side_by_side
@@ -34,7 +35,7 @@ from .rates import Rates
 from .real_sets import KINDS, RealSet, crop_bytes, cut_crops, cut_faces, written_crops
 from .shard_set import ShardSet, read_shards
 from .synth_data import data_hash, whole_set
-from .training import CODE_I, CODE_II, MINI_CROPS, MINI_I, PAPER_I, StageConfig, crop_scores, device_for, train_backbone, train_labels
+from .training import CODE_I, CODE_II, MINI_CROPS, MINI_I, PAPER_I, StageConfig, crop_scores, train_backbone, train_labels
 from .use import read_net, save_net
 
 # %% ../../nbs/synthforge/74_learn.ipynb #sizes
@@ -133,7 +134,7 @@ def one_backbone(
     name = backbone_name(part)
     done = train_backbone(in_memory(train), size.one, size.backbone, data.flips, data.plan.background, facts={"data": data_hash(data)}, scratch=f"{job.stage}/{name}", label=f"stage I, {name}")
     save_net(job.checkpoint() / f"{name}.safetensors", done.net)
-    net = done.net.to(device_for(size.one.device))
+    net = done.net.to(local_device(size.one.device))
     return name, crop_scores(net, held_out, size.one.crops, data.plan.background), done.curve, len(train)
 
 # %% ../../nbs/synthforge/74_learn.ipynb #two

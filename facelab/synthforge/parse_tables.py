@@ -18,6 +18,7 @@ from ..data.label_sets import remap_table
 from ..lab.errors import InputError, Skipped
 from ..lab.files import read_csv
 from ..lab.inputs import input_hash, input_path
+from ..lab.parallel import local_device
 from ..lab.paths import root
 from ..lab.record import Row, bootstrap
 from ..lab.run import Job, Outcome, named_function
@@ -28,7 +29,6 @@ from .parse_figures import annotation_figure, parse_figure, uv_figure
 from .predictor import FunctionPredictor, NetPredictor, Predictor
 from .real_sets import KINDS, RealSet
 from .shard_set import read_shards
-from .training import device_for
 from .use import read_net
 
 # %% ../../nbs/synthforge/76_parse_tables.ipynb #methods
@@ -203,7 +203,7 @@ def run_eval(
         raise InputError("synthforge-eval", "no set", "one or more of w300, lapa, celebamask", "Name a folder: --set lapa=/data/LaPa")
     for kind in kinds:
         one, found = real_set(job, kind), {}
-        methods = [named_method(job.predictor, one)] if job.predictor else open_methods(job.trained, one, parts, device_for(job.device))
+        methods = [named_method(job.predictor, one)] if job.predictor else open_methods(job.trained, one, parts, local_device(job.device))
         for method in methods:
             done = evaluated(method, one, job.margin, crop_of(job.crop, one, job.margin))
             found[method.name], shown[kind, method.name] = done, method

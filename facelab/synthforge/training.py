@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['MINI_CROPS', 'PAPER_I', 'CODE_I', 'CODE_II', 'MINI_I', 'MINI_II', 'StageConfig', 'face_source', 'check_faces',
-           'crop_scores', 'device_for', 'TrainedNet', 'backbone_loss', 'run_stage', 'train_backbone', 'train_labels']
+           'crop_scores', 'TrainedNet', 'backbone_loss', 'run_stage', 'train_backbone', 'train_labels']
 
 # %% ../../nbs/synthforge/45_training.ipynb #imports
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -112,17 +111,6 @@ def crop_scores(
     return scores
 
 # %% ../../nbs/synthforge/45_training.ipynb #stage-one
-def device_for(
-    device: str,  # auto, cpu or cuda
-) -> str:
-    "Where a network is asked: of several GPUs, under a launcher, this process's. Raises `InputError` for cuda without one."
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device", "cuda, and torch sees no GPU", "a GPU", "Take device: cpu, or a torch build for your driver.")
-    if device == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-
-
 class TrainedNet(NamedTuple):
     "What a stage gives."
 
