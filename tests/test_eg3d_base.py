@@ -176,7 +176,7 @@ def test_nobody_who_finds_faces_is_no_fault_of_the_photos(monkeypatch, tmp_path)
     monkeypatch.setattr(page, "shipped_detector", missing)
     monkeypatch.setattr(page, "alignment_detector", lambda: None)
     (mine,), (at,) = drawn_photos(1, 1)
-    with pytest.raises(AssetError, match=r"\.pts.*face-alignment.*make bases BASE=landmarks"):
+    with pytest.raises(AssetError, match=r"\.pts.*make bases BASE=landmarks.*face-alignment"):
         own_photos([mine, mine], 64)
     Image.fromarray(mine).save(tmp_path / "a.png")
     write_pts(tmp_path / "a.pts", at)

@@ -262,7 +262,7 @@ def faces_of(
     if thorough or not faces:
         for quarters in range(4):  # all of them, since an upright look may take a face on its head for a poor one
             if quarters:
-                faces = faces + _believed(photo, turned_cascade(photo, quarters, max(smallest, 0.12)), finder, 1 - (1 - least) / 2)
+                faces = faces + _believed(photo, turned_cascade(photo, quarters, max(smallest, 0.12)), finder, 1 - 0.8 * (1 - least))
             faces = faces + _believed(photo, scan_faces(photo, finder, quarters * np.pi / 2), finder, 1 - (1 - least) / 5)  # thousands of squares: one may look like a face by chance
         faces = merged(faces)
     if detector is not None and detector is not finder:

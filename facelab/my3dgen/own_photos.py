@@ -205,7 +205,7 @@ def face_finder(
     except InputError:
         marks = detector or alignment_detector()
     if marks is None:
-        raise AssetError("landmarks", "no weights in bases/landmarks (none are shipped) and no face-alignment", "68 points of each face", "A .pts file beside each photo, or points=; or pip install face-alignment; or make bases BASE=landmarks, which trains the lab's own.")
+        raise AssetError("landmarks", "no weights in bases/landmarks and no face-alignment", "68 points of each face", "A .pts file beside each photo, or points=; or dvc pull bases/landmarks/model.safetensors.dvc, the lab's own (make bases BASE=landmarks trains it); or pip install face-alignment.")
     return lambda photo: sorted((FoundFace(box, mark_points(photo, box, marks), box.score) for box in cascade_faces(photo)), key=lambda face: -face.box.width)
 
 
