@@ -23,11 +23,11 @@ from .damage import find_damage
 from .decode import Decoding, fill_region, fill_tags, match_probability
 from .edit_task import Edited, EditedBatch, EditTask, as_batch, find_one, landmarks_or_mean
 from .guidance import Guidance
-from .model import GPTFace, load_gptface, save_gptface
+from .model import GPTFace, save_gptface
 from .paste import cells_of, check_mask, face_frame, level, mask_to_frame, mask_to_photo, paste, whole_frame
 from .regions import FoundRegion, find_region, occlusion_of
+from .small_gptface import open_gptface
 from .tokens import Vocabulary, join, strange_words, text_ids
-from .vqgan_base import open_vqgan
 from ..lab.batches import seed_of
 from ..lab.errors import InputError, Skipped
 from ..lab.files import read_json, write_json
@@ -77,22 +77,18 @@ class FaceEditor:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,  # of `save`, or of `save_gptface`: then the VQGAN is the base
+        folder: str | Path,  # of `save`, or of `save_gptface`: then the VQGAN is the base; "base": the lab's GPTFace
         vqgan: str | Path | None = None,  # as for `open_vqgan`; None: folder/vqgan, or the base
         parser: FaceParser | None = None,  # None: folder/parser, or outlines
         device: str = "cpu",
     ) -> "FaceEditor":
         "Read an editor. Raises `InputError` where parts are missing, or are of another codebook."
-        folder = input_path(folder)
-        model, vocab = load_gptface(folder)
-        if vocab is None:
-            raise InputError(folder, "no vocab.txt in it", "the words beside the weights", "Copy the folder whole.")
-        own = folder / "vqgan"
-        codec = open_vqgan(vqgan if vqgan is not None else own if own.is_dir() else "base", model.config.layout.codes)
-        if parser is None and (folder / "parser").is_dir():
-            parser = UNetParser.load(folder / "parser")
-        how = read_json(folder / "editor.json") if (folder / "editor.json").is_file() else {}
-        return cls(codec, model.requires_grad_(False).to(device), vocab, parser, **how)
+        held = {} if folder == "base" else {path.name: path for path in input_path(folder).glob("*")}
+        found = open_gptface(folder, vqgan if vqgan is not None else held.get("vqgan", "base"))
+        if parser is None and "parser" in held:
+            parser = UNetParser.load(held["parser"])
+        how = read_json(held["editor.json"]) if "editor.json" in held else {}
+        return cls(found.vqgan, found.model.to(device), found.vocab, parser, **how)
 
 # %% ../../nbs/gptface/59_edit.ipynb #place
 def place(

@@ -151,10 +151,9 @@ def without_glasses(editor: FaceEditor, items: Sequence, net: AttributeNet, seed
 # %% ../../nbs/gptface/88_edit_stage.ipynb #opened
 def opened_editor(job: Job) -> FaceEditor:
     "The GPTFace that the profile names, without a parser. Raises `InputError` where it is missing."
-    folder = input_path(job.trained)
-    if not (folder / "model.safetensors").is_file():
-        raise InputError(job.trained, "no model.safetensors in it", "what gptface-train wrote", "Run the stage gptface-train first, or name a folder that save_gptface wrote.")
-    found = open_gptface(folder, job.vqgan)
+    if job.trained != "base" and not (input_path(job.trained) / "model.safetensors").is_file():
+        raise InputError(job.trained, "no model.safetensors in it", "base, or what gptface-train wrote", "Take the lab's base, run the stage gptface-train first, or name a folder that save_gptface wrote.")
+    found = open_gptface(job.trained, job.vqgan)
     return FaceEditor(found.vqgan, found.model.to(job.device), found.vocab)
 
 
@@ -210,6 +209,6 @@ def run(
         figure, more = draw()
         figures |= {name: figure} if figure is not None else {}
         rows += more
-    inputs = {"trained": input_hash(job.trained)}
+    inputs = {"bases/gptface": input_hash("bases/gptface/model.safetensors")} if job.trained == "base" else {"trained": input_hash(job.trained)}
     notes = [f"{len(edits.images)} edits of {job.test_people} people whom neither GPTFace nor judge nor parser has seen; faces taken as they are framed", f"guided: rows of the embedding, relative step {job.strength:g}, a gradient at every fourth of 12 iterations; literal: all weights, step {job.literal:g}; codes are drawn at temperature {job.temperature:g}"]
     return Outcome(rows, figures, {"targets": target_table(edits, made, net)}, inputs=inputs, notes=notes, device=job.device)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'CAPTIONS', 'TASKS', 'LANES', 'draw_sets', 'run_data', 'Prepared', 'words_of', 'prepare', 'place_of',
-           'once', 'prepared', 'Ended', 'lesson_steps', 'rate_of', 'rival_steps', 'paper_recipe', 'rival_config',
-           'train_one', 'named_faces', 'train_from_stream', 'end_rows', 'curves_figure', 'run_train']
+           'once', 'prepared', 'Ended', 'rate_of', 'rival_steps', 'paper_recipe', 'rival_config', 'train_one',
+           'named_faces', 'train_from_stream', 'end_rows', 'curves_figure', 'run_train']
 
 # %% ../../nbs/gptface/70_pretraining_stages.ipynb #imports
 import os
@@ -27,7 +27,7 @@ from .model import save_gptface
 from .pairs import captions_of, encode_images, encoder_of, laion_stream, middle_square, read_pairs, stream_parts, web_vocabulary, write_pairs
 from .pretrain import Pretraining, TokenSet, pair_stream, pretrain
 from .rivals import RIVALS, RivalConfig, RivalData, save_rival, train_rival
-from .small_gptface import new_gptface, pretrain_small
+from .small_gptface import lesson_counts, new_gptface, pretrain_small
 from .tokens import Vocabulary, text_ids
 from .vqgan_base import open_vqgan
 from ..lab.arrays import read_safetensors, write_safetensors
@@ -175,20 +175,6 @@ class Ended(NamedTuple):
 TASKS = {"gptface": "MILM, ITM", "vit": "CLS", "mae": "MIM", "clip": "CLR", "beit": "MIM", "farl": "MIM, CLR"}
 
 
-def lesson_steps(
-    job: Job,  # steps, lessons: shares of the first two
-) -> tuple[int, int, int]:
-    "Steps of GPTFace's three lessons, which add up to those of its rivals."
-    try:
-        words, matching = (float(part) for part in str(job.lessons).split(","))
-    except ValueError:
-        words = matching = -1.0
-    if min(words, matching) < 0 or words + matching > 1:
-        raise InputError("lessons", repr(job.lessons), "two shares, such as '0.3, 0.4'", "Correct the profile; the third lesson has the rest.")
-    first, second = round(words * job.steps), round(matching * job.steps)
-    return first, second, job.steps - first - second
-
-
 def rate_of(
     said: float | str,  # one rate for all, or 'vit 0.001, mae 0.002, ...'
     which: str,  # one of RIVALS
@@ -235,7 +221,7 @@ def train_one(
         if job.recipe == "paper":
             curve = pretrain(paper_recipe(job), model, tokens, starts=have.vocab.starts_word, scratch=scratch, label="GPTFace").curve
         else:
-            curve = pretrain_small(model, have.told, tokens, have.vocab, lesson_steps(job), job.batch, job.rate, job.seed, job.threads, scratch, device=job.device, accumulate=job.accumulate, precision=job.precision)
+            curve = pretrain_small(model, have.told, tokens, have.vocab, lesson_counts(job.lessons, job.steps), job.batch, job.rate, job.seed, job.threads, scratch, device=job.device, accumulate=job.accumulate, precision=job.precision)
         if first_process():
             save_gptface(job.checkpoint() / "gptface", model, have.vocab)
         return Ended("GPTFace", curve, sum(w.numel() for w in model.blocks.parameters()), len(have.data.images), TASKS[which])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LESSONS', 'start_from_codebook', 'start_from_grid', 'new_gptface', 'telling_pieces', 'word_lists', 'words_loss',
-           'SharedHiding', 'hidden_in_some', 'match_and_fill', 'lesson', 'lesson_loss', 'pretrain_small',
-           'PretrainedFace', 'open_gptface']
+           'SharedHiding', 'hidden_in_some', 'match_and_fill', 'lesson_counts', 'lesson', 'lesson_loss',
+           'pretrain_small', 'PretrainedFace', 'gptface_from_base', 'open_gptface']
 
 # %% ../../nbs/gptface/68_small_gptface.ipynb #imports
 import re
@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .masking import ImageBudget, Masking, draw_hidden
-from .model import GPTFace, GPTFaceConfig, build_gptface, load_gptface
+from .model import GPTFace, GPTFaceConfig, build_gptface, load_gptface, put_weights
 from .objective import itm_loss, other_texts
 from .pairs import STOP
 from .pretrain import Pretraining, TokenSet, pretrain
 from .tokens import Sequences, TokenLayout, Vocabulary, join, tag_template
 from .vqgan_base import open_vqgan
+from ..lab.base import building, load_base
 from ..lab.errors import InputError
 from ..lab.inputs import input_path
 from ..lab.train import Step
@@ -192,6 +193,21 @@ def match_and_fill(
 LESSONS = ("words", "told", "all")
 
 
+def lesson_counts(
+    shares: str,  # of the first two lessons, such as '0.3, 0.4'
+    steps: int,  # in all
+) -> tuple[int, int, int]:
+    "Steps of the three lessons."
+    try:
+        words, matching = (float(part) for part in str(shares).split(","))
+    except ValueError:
+        words = matching = -1.0
+    if min(words, matching) < 0 or words + matching > 1:
+        raise InputError("lessons", repr(shares), "two shares, such as '0.3, 0.4'", "Correct the profile; the third lesson has the rest.")
+    first, second = round(words * steps), round(matching * steps)
+    return first, second, steps - first - second
+
+
 def lesson(
     which: str,  # one of LESSONS
     steps: int,
@@ -273,12 +289,26 @@ class PretrainedFace(NamedTuple):
     vqgan: VQGAN
 
 
+def gptface_from_base(
+    tensors: dict,  # state dict
+    config: dict,  # as in the base's file: sizes, and the pieces of the vocabulary
+    name: str = "gptface",  # for messages
+) -> tuple[GPTFace, Vocabulary]:
+    "The GPTFace of a base's tensors and config, in eval mode."
+    with building(f"base {name}"):
+        sizes, vocab = GPTFaceConfig.of(config["model"]), Vocabulary(tuple(config["pieces"]))
+    with torch.device("meta"):
+        model = GPTFace(sizes)
+    put_weights(model, tensors, f"base {name}")
+    return model.eval(), vocab
+
+
 def open_gptface(
-    folder: str | Path,  # of `save_gptface`
+    folder: str | Path,  # of `save_gptface`; "base" for the lab's
     vqgan: str | Path = "base",  # as for `open_vqgan`
 ) -> PretrainedFace:
     "A pre-trained GPTFace, frozen. Raises `InputError` where there is none, or the tokenizer is not the one that it was trained with."
-    model, vocab = load_gptface(input_path(folder))
+    model, vocab = gptface_from_base(*load_base("gptface")) if folder == "base" else load_gptface(input_path(folder))
     if vocab is None:
         raise InputError(folder, "no vocab.txt", "the words beside the weights", "Copy the folder whole.")
     return PretrainedFace(model.requires_grad_(False), vocab, open_vqgan(vqgan, model.config.layout.codes))
