@@ -8,6 +8,8 @@ __all__ = ['base_pairs', 'make', 'base_rows']
 # %% ../../nbs/gptface/78_gptface_base.ipynb #imports
 from pathlib import Path
 
+import torch
+
 from ..data.embedded import Recipe, check_world
 from ..data.world import people_of, world_items
 from .model import GPTFace
