@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -217,6 +218,31 @@ def test_changed_code_is_found_by_git():
         pytest.skip("not a clone")
     assert changed_since("0" * 40, ["facelab"]) is None and changed_since("", ["facelab"]) is None
     assert changed_since("HEAD", ["LICENSE"]) == [] and isinstance(changed_since(first.stdout.split()[0], ["facelab"]), list)
+
+
+UNKNOWN_NAMES = """
+import builtins, dis, importlib, pkgutil, types
+import facelab
+
+def read(code):
+    yield from (op.argval for op in dis.get_instructions(code) if op.opname == "LOAD_GLOBAL")
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from read(inner)
+
+for found in pkgutil.walk_packages(facelab.__path__, "facelab."):
+    module = importlib.import_module(found.name)
+    code = compile(open(module.__file__, encoding="utf-8").read(), module.__file__, "exec")
+    unknown = {name for name in read(code) if not hasattr(module, name) and not hasattr(builtins, name)}
+    if unknown:
+        print(found.name, sorted(unknown))
+"""
+
+
+def test_modules_know_every_name_they_use():
+    "In a notebook a name may come from a cell that is not exported; ruff cannot tell it from an axis of jaxtyping."
+    done = subprocess.run([sys.executable, "-c", UNKNOWN_NAMES], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-2000:]
 
 
 def test_embedded_data_is_what_git_pins():
