@@ -66,6 +66,37 @@ def write_bfm2009_original(model: MorphableModel, path: Path, unit: float = 1000
     return path
 
 
+def write_ict(model: MorphableModel, path: Path) -> Path:
+    "The lab's layout of ICT-FaceKit: centimetres, modes first, float16 displacements, named blendshapes, a UV map with seams."
+    named = model.info["blendshapes"]
+    modes = lambda fields: np.stack([np.asarray(field, np.float64) / 10 for field in fields]).astype(np.float16)
+    np.savez(
+        path, mean=(model.mean.numpy() / 10).astype(np.float32), identity=modes(model.shape_basis.unbind(-1)), expression=modes(named.values()), expression_names=np.array(list(named)),
+        triangles=model.faces.numpy().astype(np.int32), uv=model.uv.numpy(), triangles_uv=model.uv_faces.numpy().astype(np.int32), landmarks68=model.landmarks68.numpy().astype(np.int32), units=np.array("cm"),
+    )  # fmt: skip
+    return path
+
+
+def few_of_ict(path: Path, out: Path) -> dict[str, np.ndarray]:
+    "The triangles at the landmarks and at 20 vertices of the UV seams of a file in that layout, as a file of its own; two random faces of it in float64, of the whole file's numbers and in cm."
+    with np.load(path, allow_pickle=False) as file:
+        held = {key: file[key] for key in ("mean", "identity", "expression", "expression_names", "triangles", "uv", "triangles_uv", "landmarks68", "units")}
+    at = held["landmarks68"]
+    vertex, rows = np.unique(np.unique(np.stack([held["triangles"].ravel(), held["triangles_uv"].ravel()]), axis=1)[0], return_counts=True)
+    seam = vertex[rows > 1][:20]
+    keep = np.unique(held["triangles"][np.isin(held["triangles"], np.concatenate([at, seam])).any(1)])
+    inside = np.isin(held["triangles"], keep).all(1)
+    uv, corners = np.unique(held["triangles_uv"][inside], return_inverse=True)
+    np.savez(
+        out, mean=held["mean"][keep], identity=held["identity"][:, keep], expression=held["expression"][:, keep], expression_names=held["expression_names"], units=held["units"],
+        triangles=np.searchsorted(keep, held["triangles"][inside]), uv=held["uv"][uv], triangles_uv=corners.reshape(-1, 3), landmarks68=np.searchsorted(keep, at),
+    )  # fmt: skip
+    draw = np.random.RandomState(20201)
+    codes = {"identity": draw.standard_normal((2, len(held["identity"]))), "expression": draw.uniform(size=(2, len(held["expression"])))}
+    face = held["mean"].astype(np.float64) + sum(np.tensordot(code, held[key].astype(np.float64), 1) for key, code in codes.items())
+    return {"identity_code": codes["identity"], "expression_code": codes["expression"], "vertices_cm_f64": face[:, keep], "landmarks_cm_f64": face[:, at]}
+
+
 class Python2Pickler(pickle._Pickler):
     "Writes what Python 2, NumPy 1 and an old scipy wrote: byte strings for text, and the modules' old names."
 

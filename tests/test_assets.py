@@ -152,6 +152,12 @@ def test_the_list_prints(home, capsys):
     assert ASSETS["bfm2017"].terms in printed and "img_align" not in printed.splitlines()[0]
     with pytest.raises(SystemExit):
         main(["nonsense"])
+    main(["flame", "clip-vit-l14-336", "flame-masks"])
+    flames, masks = capsys.readouterr().out.split("\nclip-vit-l14-336\n")
+    assert flames.splitlines()[0] == "flame2020" and "flame2023-open" in flames and "bytes or more" in flames and flames.count("  here       missing") == 2
+    assert "model_type = 'clip'" in masks and "  here       wrong: it begins with" in masks
+    main(["ict-facekit"])
+    assert "the arrays" in capsys.readouterr().out
 
 
 def test_the_command_runs(home):

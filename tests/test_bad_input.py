@@ -36,12 +36,14 @@ from facelab.data.w300 import read_pts, write_pts
 from facelab.face.export import read_mesh
 from facelab.lab.arrays import read_h5, read_mat, read_npz, read_safetensors, require, safetensors_metadata, write_safetensors
 from facelab.lab.assets import shapes_in
+from facelab.lab.base import load_base
 from facelab.lab.errors import InputError, Skipped, UnsafeFileError
 from facelab.lab.files import file_sha256, read_csv, read_json, read_text, read_yaml, safe_join, write_json
 from facelab.lab.images import read_image, resize, write_image
-from facelab.lab.profile import profile_values
+from facelab.lab.profile import profile_values, stages
 from facelab.lab.record import Record, load_record
 from facelab.lab.record import Row as Measured
+from facelab.lab.run import run_stage
 from facelab.lab.unpickle import load_checkpoint, load_pickle
 
 SECONDS = 60  # longer than this is a hang, also on a busy machine
@@ -330,6 +332,40 @@ def profile(text):
     return make
 
 
+def run_with(stage="face-fit", **changed):
+    "Run a stage of the smoke profile with some values changed; the experiment itself must not begin."
+    return lambda folder: run_stage(stage, "smoke", profile_values(stage, "smoke") | changed, folder / "out", lambda job: pytest.fail("it was run"))
+
+
+def nothing(folder):
+    return folder
+
+
+def pipeline(text):
+    "A checkout whose pipeline is this text."
+
+    def make(folder):
+        (folder / "dvc.yaml").write_text(text)
+        return folder
+
+    return make
+
+
+def base(write):
+    "A folder of bases whose one base, `toy`, has the weights that `write` puts there."
+
+    def make(folder):
+        (folder / "toy").mkdir()
+        write(folder / "toy" / "model.safetensors")
+        return folder
+
+    return make
+
+
+def load_toy(folder):
+    return load_base("toy", folder)
+
+
 def tiff(*entries):
     "A 16 x 16 grey TIFF of these directory entries and a few bytes."
     entries = sorted([(256, 16), (257, 16), (258, 8), (262, 1), (277, 1), *entries])
@@ -442,6 +478,34 @@ ROWS = [
     Row("profile", "a list of lists", lambda folder: profile_values("fit", "smoke", folder), profile("sizes: [[1, 2], [3]]\n")),
     Row("profile", "a list at the top", lambda folder: profile_values("fit", "smoke", folder), profile("- seed\n")),
     Row("profile", "a rate that YAML reads as text", lambda folder: profile_values("fit", "smoke", folder), profile("lr: 1e-4\n")),
+    Row("profile", "a path to another profile's file", lambda folder: profile_values("../smoke/fit", "smoke", folder), profile("seed: 0\n")),
+    Row("profile", "a path in the lab itself", lambda folder: run_stage("../mini/face-fit", "smoke", None, folder / "out"), nothing),
+    Row("values", "steps in words", run_with(steps="ten"), nothing),
+    Row("values", "no size", run_with(size=None), nothing),
+    Row("values", "a number as a folder", run_with(data=3), nothing),
+    Row("values", "no embedder", run_with(embedder=None), nothing),
+    Row("values", "half a face", run_with(faces=2.5), nothing),
+    Row("values", "a seed in words", run_with(seed="x"), nothing),
+    Row("values", "a seed below 0", run_with(seed=-1), nothing),
+    Row("values", "threads in words", run_with(threads="two"), nothing),
+    Row("values", "no face", run_with(faces=0), nothing),
+    Row("values", "a batch of none", run_with(batch=0), nothing),
+    Row("values", "a batch below 0", run_with(batch=-1), nothing),
+    Row("values", "a picture of no pixel", run_with(size=0), nothing),
+    Row("values", "steps below 0", run_with(steps=-4), nothing),
+    Row("values", "true as a number", run_with(steps=True), nothing),
+    Row("values", "a list as a name", run_with(model=["procedural"]), nothing),
+    Row("values", "nobody", run_with("face-verification", people=0), nothing),
+    Row("values", "no draw", run_with("face-verification", draws=0), nothing),
+    Row("values", "a rate that is not a number", run_with("synthforge-train", rate=float("nan")), nothing),
+    Row("values", "a number for true or false", run_with("gptface-data", draw=1), nothing),
+    Row("pipeline", "a list of stages", stages, pipeline("stages: [face-fit]\n")),
+    Row("pipeline", "a stage that is a text", stages, pipeline("stages: {face-fit: run}\n")),
+    Row("pipeline", "meta that is a list", stages, pipeline("stages: {face-fit: {meta: [run]}}\n")),
+    Row("pipeline", "deps that are a mapping", stages, pipeline("stages: {face-fit: {deps: {a: 1}, meta: {run: 'a:b'}}}\n")),
+    Row("pipeline", "a cost in one word", stages, pipeline("stages: {face-fit: {meta: {run: 'a:b', cost: cheap}}}\n")),
+    Row("pipeline", "a function without its module", stages, pipeline("stages: {face-fit: {meta: {run: run}}}\n")),
+    Row("pipeline", "a number as its function", stages, pipeline("stages: {face-fit: {meta: {run: 3}}}\n")),
     Row("record", "a list", load_record, write("record.json", "[]")),
     Row("record", "a key that no record has", load_record, record(colour="red")),
     Row("record", "a missing key", load_record, arrays("record.json", lambda path: path.write_text(json.dumps({"stage": "fit"})))),
@@ -450,6 +514,18 @@ ROWS = [
     Row("record", "text as a measured value", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": "good"}])),
     Row("record", "a row with an unknown direction", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": 1, "better": "up"}])),
     Row("record", "rows that are no rows", load_record, record(rows=[3])),
+    Row("record", "rows that are a mapping", load_record, record(rows={"a": 1})),
+    Row("record", "a list as a measured value", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": [1, 2]}])),
+    Row("record", "an interval in words", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": 1, "low": "a", "high": "b"}])),
+    Row("record", "half an interval", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": 1, "low": 0.5}])),
+    Row("record", "no method", load_record, record(rows=[{"method": None, "metric": "nme", "value": 1}])),
+    Row("record", "a count in words", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": 1, "n": "x"}])),
+    Row("record", "true as a measured value", load_record, record(rows=[{"method": "ours", "metric": "nme", "value": True}])),
+    Row("record", "a seed in words", load_record, record(seed="x")),
+    Row("record", "a configuration that is a list", load_record, record(config=[1])),
+    Row("record", "a number as the stage", load_record, record(stage=3)),
+    Row("record", "a note that is a number", load_record, record(notes=[3])),
+    Row("record", "a hash that is null", load_record, record(inputs={"data": None})),
     # landmarks
     Row("pts", "NaN", read_pts, points(["1 2"] * 67 + ["nan 2"])),
     Row("pts", "infinity", read_pts, points(["1 2"] * 67 + ["1e999 2"])),
@@ -599,6 +675,15 @@ ROWS = [
     Row("safetensors", "a shape that does not fit", read_safetensors, write("a.safetensors", safetensors_of('{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}', bytes(4)))),
     Row("safetensors", "an unknown type", read_safetensors, write("a.safetensors", safetensors_of('{"a":{"dtype":"F3","shape":[1],"data_offsets":[0,4]}}', bytes(4)))),
     Row("safetensors", "too large", lambda path: read_safetensors(path, max_bytes=100), arrays("a.safetensors", good_safetensors), UNSAFE),
+    Row("base", "nothing in its folder", load_toy, base(lambda path: None)),
+    Row("base", "a link to itself", load_toy, base(lambda path: path.symlink_to(path))),
+    Row("base", "a link to nowhere", load_toy, base(lambda path: path.symlink_to(path.with_name("none")))),
+    Row("base", "a folder", load_toy, base(lambda path: path.mkdir())),
+    Row("base", "no config", load_toy, base(lambda path: write_safetensors(path, {"w": torch.ones(2)}))),
+    Row("base", "a config that is no JSON", load_toy, base(lambda path: write_safetensors(path, {"w": torch.ones(2)}, {"config": "{"}))),
+    Row("base", "a config that is a list", load_toy, base(lambda path: write_safetensors(path, {"w": torch.ones(2)}, {"config": "[]"}))),
+    Row("base", "NaN among the weights", load_toy, base(lambda path: write_safetensors(path, {"w": torch.tensor([1, torch.nan]).half()}, {"config": "{}"}))),
+    Row("base", "an infinite weight", load_toy, base(lambda path: write_safetensors(path, {"w": torch.tensor([torch.inf])}, {"config": "{}"}))),
     Row("write_safetensors", "metadata that is no text", lambda path: write_safetensors(path, {}, {"step": 3}), lambda folder: folder / "a.safetensors"),
     Row("write_safetensors", "a numpy array", lambda path: write_safetensors(path, {"a": np.zeros(2)}), lambda folder: folder / "a.safetensors"),
     # meshes

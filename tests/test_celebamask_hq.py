@@ -155,6 +155,32 @@ def test_damage_is_told_or_counted_by_reason(root, what):
     assert report.left_out.reasons == {what.strip(): 1} and (report.found, report.used) == (12, 11)
 
 
+RENAMED = {
+    "parts": lambda path: path.with_name(path.stem[:6] + path.stem[6:].title() + path.suffix),
+    "suffix": lambda path: path.with_suffix(".PNG"),
+    "both": lambda path: path.with_name(path.name.upper()),
+}
+
+
+@pytest.mark.parametrize("how", RENAMED)
+def test_no_mask_is_lost_by_its_casing(root, how):
+    "`00000_Hair.png`, `.PNG`, and folders of other casing: all masks are read; of two names of one mask the published one."
+    before = [(item.labels, item.parts) for item in read_celebamask_hq(root, "farl").items()]
+    for path in sorted((root / MASKS / "0").iterdir()):
+        path.rename(RENAMED[how](path))
+    (root / MASKS).rename(root / MASKS.lower())
+    (root / "CelebA-HQ-img").rename(root / "celeba-hq-IMG")
+    (root.parent / "up").mkdir()
+    root.rename(root.parent / "up" / "celebamask-hq")
+    again = read_celebamask_hq(root.parent / "up", "farl")
+    for (labels, parts), item in zip(before, again.items(), strict=True):
+        assert np.array_equal(item.labels, labels) and item.parts == parts
+    assert not any("masks" in note for note in check_celebamask_hq(root.parent / "up", "farl", every=1e9).notes)
+    folder = root.parent / "up" / "celebamask-hq" / MASKS.lower() / "0"
+    write_image(folder / "00000_skin.png", np.full((128, 128), 255, np.uint8))
+    assert len(list(folder.glob("00000_[sS][kK][iI][nN].*"))) == 2 and read_masks(again.pictures.root, 0)["skin"].all()
+
+
 def test_odd_masks_are_remarked(root):
     for name in ("0/00002_beard.png", "0/00099_skin.png", "3/00001_hat.png"):
         (root / MASKS / name).parent.mkdir(exist_ok=True)

@@ -74,7 +74,7 @@ def in_memory(device):
 
 def in_lessons(device):
     model = gptface()
-    pretrain_small(model, PAIRS, PAIRS, VOCAB, (3, 3, 3), 4, device=device, progress=False)
+    pretrain_small(model, PAIRS, PAIRS, VOCAB, (3, 3, 3, 3), 4, device=device, progress=False)
     return model
 
 

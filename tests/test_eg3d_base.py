@@ -5,15 +5,22 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from facelab.data.face_crop import FaceBox
+from facelab.data.find_faces import FoundFace
 from facelab.data.scene import make_view
 from facelab.data.w300 import write_pts
+from facelab.lab.base import make_base
 from facelab.lab.errors import AssetError, InputError, ShapeError
-from facelab.lab.paths import bases_dir
+from facelab.lab.files import read_yaml
+from facelab.lab.paths import bases_dir, root
+from facelab.lab.profile import profile_values
+from facelab.my3dgen import eg3d_base
 from facelab.my3dgen.base_quality import as_images, face_share, held_out_heads, points_of, turned_views, world_scene
-from facelab.my3dgen.distillation import draw_from
+from facelab.my3dgen.distillation import FACE128_EG3D, draw_from
 from facelab.my3dgen.eg3d_base import open_eg3d
 from facelab.my3dgen.head_mesh import orbit_labels, save_head, turntable, write_video
 from facelab.my3dgen.marked import MarkedPerson, album
@@ -36,6 +43,35 @@ def base():
 @pytest.fixture(scope="module")
 def actor():
     return Actor(world_scene(62, 3, 0))
+
+
+GPU_RECIPE = root() / "bases" / "eg3d-128" / "gpu.yaml"
+
+
+def test_a_base_of_128_pixels_is_made_and_found_by_its_name(tmp_path, monkeypatch):
+    "The recipe for a GPU, walked with two heads; what judges a base takes minutes at this size, and is not asked."
+    folder, recipe = tmp_path / "bases" / "eg3d-128", read_yaml(GPU_RECIPE)
+    folder.mkdir(parents=True)
+    (tmp_path / "settings.ini").touch()
+    small = recipe | {"threads": 1, "heads": 2, "views": 2, "val_heads": 1, "lesson_heads": 20, "lesson_steps": 2, "steps": 2, "batch": 2}
+    (folder / "gpu.yaml").write_text(yaml.safe_dump(small))
+    monkeypatch.setenv("FACELAB_ROOT", str(tmp_path))
+    monkeypatch.setenv("FACELAB_BASES", "1")
+    for name, found in (("view_rows", []), ("inversion_rows", ([], None)), ("frechet_rows", []), ("trained_embedder", None)):
+        monkeypatch.setattr(eg3d_base, name, lambda *args, found=found, **how: found)
+    with pytest.raises(InputError, match="make bases BASE=eg3d-128"):
+        open_eg3d("eg3d-128")
+    make_base("eg3d-128", "gpu")
+    net = open_eg3d("eg3d-128")
+    assert net.config == FACE128_EG3D and (net.config.size, net.config.neural_size) == (128, 64)
+    assert list(eg3d_base.generator_inputs("eg3d-128")) == ["bases/eg3d-128"] and torch.isfinite(net.render(*(part(torch.zeros(1, net.num_ws, 128)) for part in (net.planes, lambda ws: ws)), torch.from_numpy(label_of(orbit_view()))[None]).image).all()
+
+
+def test_profiles_for_a_gpu_name_a_base_that_has_a_recipe():
+    recipe = read_yaml(GPU_RECIPE)
+    assert recipe["run"] == "facelab.my3dgen.eg3d_base:make" and recipe["pixels"] >= 128 and set(recipe) == set(read_yaml(GPU_RECIPE.parent.parent / "eg3d" / "mini.yaml"))
+    for stage in ("reconstruct", "explore", "ablate", "serving"):
+        assert profile_values(f"my3dgen-{stage}", "gpu")["generator"] == GPU_RECIPE.parent.name
 
 
 def test_new_heads_are_drawn_from_all_sides(base):
@@ -118,6 +154,14 @@ def test_a_generator_refuses_what_is_no_rotation(base):
         label[0, at] *= factor
         with pytest.raises(ShapeError, match="rotation"):
             base.synthesis(ws, label)
+    for at, focal in ((16, 0.0), (20, -4.2647)):
+        label = torch.from_numpy(label_of(orbit_view(0.3)))[None]
+        label[0, at] = focal
+        with pytest.raises(ShapeError, match="focal length"):
+            base.synthesis(ws, label)
+    for rays in (0, -1):
+        with pytest.raises(ShapeError, match="rays a side"):
+            base.synthesis(ws, torch.from_numpy(label_of(orbit_view(0.3)))[None], rays)
 
 
 @pytest.mark.parametrize("yaw", [-0.7, 0.0, 0.7])
@@ -151,6 +195,32 @@ def drawn_photos(number, count):
     return [((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy() for image in photos.images], list(points.numpy())
 
 
+@pytest.mark.parametrize("number", range(6))
+def test_a_blurred_face_is_refused_whoever_it_is(number):
+    photos, points = album(MarkedPerson(7, 2 * number + 1), 2, 256)
+    for image, at in zip(photos.images, points.numpy()):
+        photo = ((image.permute(1, 2, 0) + 1) * 127.5).round().numpy()
+        for deviation in (0, 1, 2, 6, 8, 12, 20, 40):  # pixels of 256
+            blurred = gaussian_filter(photo, (deviation, deviation, 0)).round().astype(np.uint8)
+            if deviation <= 2:
+                assert own_photo(blurred, 64, points=at).sharpness > 7
+            else:
+                with pytest.raises(InputError, match="blurred"):
+                    own_photo(blurred, 64, points=at)
+    small = np.asarray(Image.fromarray(photo.astype(np.uint8)).resize((64, 64), Image.BOX))
+    assert own_photo(small, 64, points=at / 4).sharpness > 7, "few pixels are no blur"
+
+
+def test_points_that_are_not_finite_leave_one_photo_out():
+    (mine, other), (at, there) = drawn_photos(1, 2)
+    for bad in (np.full((68, 2), np.nan), np.full((68, 2), np.inf), np.where(np.arange(136).reshape(68, 2) == 5, np.nan, there), np.zeros((0, 2)), np.zeros(3)):
+        with pytest.raises(InputError, match="68 finite points"):
+            fit_pose(bad)
+        seen = iter([FoundFace(FaceBox(10.0, 10.0, 80.0, 80.0, 1.0), points, 1.0) for points in (at, bad)])
+        kept, skipped = own_photos([mine, other], 64, finder=lambda photo, seen=seen: [next(seen)])
+        assert len(kept) == len(skipped) == 1
+
+
 @pytest.mark.skipif(not (bases_dir() / "identity" / "model.safetensors").is_file(), reason="no bases/identity/model.safetensors")
 def test_somebody_else_is_found_without_being_asked(tmp_path):
     mine, at = drawn_photos(1, 6)
@@ -160,10 +230,10 @@ def test_somebody_else_is_found_without_being_asked(tmp_path):
         paths.append(tmp_path / f"{k}.png")
         Image.fromarray(image).save(paths[-1])
         write_pts(paths[-1].with_suffix(".pts"), points)
-    kept, skipped = own_photos(paths, 64, least_sharp=0)
+    kept, skipped = own_photos(paths, 64)
     assert [one.name for one in kept] == [f"{k}.png" for k in range(6)] and "another person" in skipped.items[0][1]
-    assert len(own_photos(paths, 64, least_sharp=0, embed=None)[0]) == 7
-    album_ = Portraits.of([one.image for one in own_photos(paths, 64, least_sharp=0, embed=None)[0]], [one.label for one in own_photos(paths, 64, least_sharp=0, embed=None)[0]], 64, [path.name for path in paths])
+    assert len(own_photos(paths, 64, embed=None)[0]) == 7
+    album_ = Portraits.of([one.image for one in own_photos(paths, 64, embed=None)[0]], [one.label for one in own_photos(paths, 64, embed=None)[0]], 64, [path.name for path in paths])
     assert strange_names(album_) == ["6.png"] and strange_names(album_, None) == []
 
 
@@ -180,7 +250,7 @@ def test_nobody_who_finds_faces_is_no_fault_of_the_photos(monkeypatch, tmp_path)
         own_photos([mine, mine], 64)
     Image.fromarray(mine).save(tmp_path / "a.png")
     write_pts(tmp_path / "a.pts", at)
-    assert len(own_photos([tmp_path / "a.png"], 64, least_sharp=0)[0]) == 1, "a .pts beside it needs nobody"
+    assert len(own_photos([tmp_path / "a.png"], 64)[0]) == 1, "a .pts beside it needs nobody"
 
     class Marks:  # as face-alignment: it marks, and the cascade finds
         name, size, room = "marks", 64, 1.6

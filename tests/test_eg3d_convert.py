@@ -12,9 +12,10 @@ from fixture_files import fixture
 from facelab.lab.arrays import read_safetensors, write_safetensors
 from facelab.lab.errors import InputError, UnsafeFileError
 from facelab.lab.files import read_json, write_json
+from facelab.nets.eg3d import Generator
 from facelab.nets.eg3d_convert import backbone_config, convert_eg3d, load_eg3d, read_official, read_official_discriminator
 from facelab.nets.stylegan2_discriminator import DualDiscriminator
-from facelab.nets.triplane import RELEASED_AXES
+from facelab.nets.triplane import NEXT3D_AXES, RELEASED_AXES
 
 DISTINCT = "eg3d/eg3d_small_stubsrc_fp32_distinct.pkl"
 
@@ -76,6 +77,56 @@ def test_largest_values_are_the_files(monkeypatch):
         monkeypatch.setattr(page, "load_pickle", lambda path: data)
         net = DualDiscriminator(read_official_discriminator("any.pkl")[0])
         assert net.b128.conv0.clamp == net.b4.conv.clamp == clamp
+
+
+@pytest.fixture()
+def altered(monkeypatch):
+    "The official pickle, with something else in its generator."
+    import facelab.nets.eg3d_convert as page
+
+    def alter(**parts):
+        data = page.load_pickle(fixture(DISTINCT))
+        network = data["G_ema"]
+        for name, value in parts.items():
+            if name == "plane_axes":
+                network.state["_modules"]["renderer"].state[name] = value
+            elif name in network.kwargs:
+                network.kwargs[name] = value
+            else:
+                network.state["rendering_kwargs"][name] = value
+        with monkeypatch.context() as patched:
+            patched.setattr(page, "load_pickle", lambda path: data)
+            return read_official("altered.pkl")
+
+    return alter
+
+
+def test_corrected_axes_are_the_files(altered):
+    "A fork's third plane: read where its own matrices put a point, by the authors' rule, point @ inverse."
+    eye = torch.eye(3)
+    matrices = torch.stack([eye, eye[[0, 2, 1]], eye[[2, 1, 0]]])
+    config, state = altered(plane_axes=matrices)
+    assert config.volume.axes == NEXT3D_AXES != RELEASED_AXES
+    net = Generator(config).eval()
+    net.load_state_dict(state)
+    planes, points = torch.randn(1, 3, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.rand(1, 20, 3, generator=torch.Generator().manual_seed(1)) - 0.5
+    at = (2 / config.volume.box * points[0] @ torch.linalg.inv(matrices))[..., :2]
+    by_hand = torch.nn.functional.grid_sample(planes[0], at[:, None], align_corners=False)[:, :, 0].mean(0).T[None]
+    density, _ = net.sample_density(planes, points)
+    assert torch.allclose(density, net.decoder(by_hand)[0], atol=1e-5)
+    assert not torch.allclose(density, load_eg3d(fixture(DISTINCT)).sample_density(planes, points)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"plane_axes": torch.zeros(3, 3, 3)}, {"plane_axes": torch.eye(3)}, {"plane_axes": torch.full((3, 3, 3), torch.nan)}, {"plane_axes": torch.zeros(0, 3, 3)}, {"plane_axes": "xyz"}, {"plane_axes": torch.eye(3).expand(3, 3, 3) * 0.5}]
+    + [{name: value} for name in ("z_dim", "w_dim", "channel_base") for value in ("x", 10**12, 10**30, -3, 0, 2.5, None)]
+    + [{"box_warp": "wide"}, {"ray_start": float("nan")}, {"depth_resolution": 1.5}, {"depth_resolution": 10**12}, {"avg_camera_pivot": [0, 0]}, {"mapping_kwargs": {"num_layers": "two"}}],
+    ids=str,
+)
+def test_numbers_that_no_generator_has(altered, parts):
+    with pytest.raises(InputError):
+        altered(**parts)
 
 
 def test_from_a_shell(tmp_path):
@@ -157,4 +208,6 @@ def test_damaged_folders(converted, tmp_path):
     assert "surprise" in put(config, state | {"surprise": torch.zeros(1)})
     assert "kind" in put(config | {"kind": "vqgan"}, state)
     assert "neural_res" in put(config | {"config": config["config"] | {"neural_res": 3}}, state)
+    for name, value in (("z_dim", "x"), ("z_dim", 10**12), ("w_dim", 0), ("channels", ["a"]), ("size", 2.0)):
+        assert "StyleGAN2Config" in put(config | {"config": config["config"] | {"backbone": config["config"]["backbone"] | {name: value}}}, state)
     assert "InputError" not in put(config | {"config": None}, state)

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from PIL import Image
 
 from facelab.lab.errors import InputError
 from facelab.my3dgen.applications import yaw_cams
-from facelab.my3dgen.eg3d_training import MIRRORED, LabelledPictures, main, nets_for, train_on_pictures
+from facelab.my3dgen.eg3d_training import MIRRORED, LabelledPictures, main, nets_for, objective_for, train_on_pictures
 from facelab.my3dgen.own_photos import label_points
-from facelab.nets.eg3d import EG3DConfig
+from facelab.nets.eg3d import EG3DConfig, Generator
 from facelab.nets.eg3d_convert import load_eg3d
 from facelab.nets.eg3d_objective import EG3DObjective
 from facelab.nets.stylegan2 import StyleGAN2Config
@@ -70,6 +71,28 @@ def test_it_trains_is_stopped_and_goes_on(folder, tmp_path):
     assert {path.name for path in (tmp_path / "a").glob("*.png")} == {"heads_000000.png"}
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_it_begins_at_given_weights(folder, tmp_path, told):
+    "As a finish of a distilled generator, whose mapping is told no camera and whose noise maps are learned."
+    config = TINY if told else replace(TINY, backbone=replace(TINY.backbone, c_dim=0, train_noise=True))
+    torch.manual_seed(5)
+    start = Generator(config).eval().requires_grad_(False)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    how, judge = replace(objective_for(config, True), density_every=2, r1_every=2), DiscriminatorConfig(16, channel_base=64, channel_max=8, group=2)
+    assert (how.raw_first, how.raw_last, how.blur_sigma, how.swap, how.noise) == (8, 8, 0.0, *((0.5, "random") if told else (None, "const")))
+    pictures = LabelledPictures(folder, 16)
+    run = lambda name, how, **more: train_on_pictures(pictures, tmp_path / name, 0.008, batch=4, how=how, nets=(config, judge), workers=0, device="cpu", **more)
+    still = run("still", replace(how, rate_generator=0.0), start=start).state_dict("generator")
+    assert all(still[name].equal(before[name]) for name in before if not name.endswith("w_avg")), "it did not begin there"
+    moved, fresh = run("moved", how, start=start), run("moved", how)
+    far = lambda state: sum(float((state[name] - before[name]).square().sum()) for name in before if not name.endswith(("w_avg", "filter")))
+    assert moved.resumed == fresh.resumed == 0 and 0 < far(moved.state_dict("generator")) < 0.1 * far(fresh.state_dict("generator"))
+    assert run("moved", how, start=start).resumed == 2, "the same again is found again"
+    assert all(start.state_dict()[name].equal(before[name]) for name in before) and not any(weight.requires_grad for weight in start.parameters())
+    with pytest.raises(InputError, match="another configuration"):
+        train_on_pictures(pictures, tmp_path / "other", nets=(replace(config, hidden=9), judge), start=start)
+
+
 def test_a_set_that_is_none(tmp_path, folder, capsys):
     (tmp_path / "empty.zip").write_bytes(b"PK\x03\x04 cut")
     for path in (tmp_path, tmp_path / "empty.zip", tmp_path / "nowhere"):
@@ -81,6 +104,7 @@ def test_a_set_that_is_none(tmp_path, folder, capsys):
     with pytest.raises(InputError, match="one size"):
         train_on_pictures(LabelledPictures(folder, 16), tmp_path / "out", nets=nets_for(128))
     assert main([str(tmp_path), str(tmp_path / "out"), "--size", "128"]) == 1 and main([str(folder), str(tmp_path / "out"), "--size", "100"]) == 1
+    assert main([str(folder), str(tmp_path / "out"), "--size", "128", "--start", str(tmp_path / "nowhere")]) == 1
     assert "facelab: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

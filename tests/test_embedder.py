@@ -82,6 +82,13 @@ def test_bad_checkpoints(tmp_path):
             ArcFaceEmbedder.from_file(tmp_path / f"{name}.pth")
 
 
+@pytest.mark.parametrize("change", [{"zoom": "x"}, {"zoom": float("nan")}, {"zoom": 0}, {"zoom": None}, {"zoom": [1]}, {"widths": 3}, {"size": "x"}, {"blocks": "ab"}])
+def test_a_config_of_other_things_is_one_error(change):
+    face = untrained_embedder()
+    with pytest.raises(InputError, match="base toy|IResNetConfig"):
+        BaseEmbedder.from_parts(face.net.state_dict(), face.config() | change, "toy")
+
+
 def test_a_base_comes_back_from_its_folder(tmp_path):
     face = untrained_embedder(SMALL, seed=5, zoom=0.8)
     base = Base(face.net.state_dict(), face.config(), [], "nothing", "everybody")

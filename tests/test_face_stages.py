@@ -9,11 +9,14 @@ from make_models import write_bfm2017
 
 from facelab.face.fit import FitConfig, fit_light
 from facelab.face.morphable import MorphableModel
+from facelab.lab import run, table
 from facelab.lab.assets import ASSETS
 from facelab.lab.files import file_sha256, read_yaml
 from facelab.lab.inputs import input_hash
 from facelab.lab.paths import data_dir, root
-from facelab.lab.run import Job
+from facelab.lab.record import Row
+from facelab.lab.run import Job, Outcome, main
+from facelab.lab.table import show
 from facelab.nets.embedder import embedder_inputs
 from facelab.nets.iresnet import IResNet, IResNetConfig
 from facelab.tasks import fitting, verify
@@ -80,3 +83,26 @@ def test_the_baselines_light_a_batch_of_faces_at_a_time(monkeypatch):
     found = fitting.placed(MorphableModel.procedural(), many, FitConfig(landmark_steps=0, batch=2), torch.ones(5, 1, 32, 32))
     assert seen == [(2, 2, 2), (2, 2, 2), (1, 1, 1)] and found.light.shape == (5, 3, 9)
     assert torch.allclose(found.light, found.light[:1].expand_as(found.light), atol=1e-4) and found.light.std() > 0
+
+
+def test_the_shell_prints_what_a_run_left_out(monkeypatch, capsys, tmp_path):
+    "Notes, what was not run and why, and the seconds of a part: as `make repro` prints them at its end."
+    found = Outcome([Row("Eq. 5", "photo error", 0.1, n=2)], not_run={"BFM 2017": "no file"}, notes=["1 of 3 photos left out"], seconds={"a face": 1.5})
+    monkeypatch.setattr(run, "named_function", lambda name: lambda job: found)
+    monkeypatch.setattr(run, "save_results", lambda *parts: None)
+    assert main(["face-fit", "--profile", "smoke", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "face-fit (smoke profile, smoke)" and lines[-4:-1] == ["note: 1 of 3 photos left out", "note: BFM 2017 was not run: no file", "time here: 1.5 s a face"]
+
+
+def test_a_record_that_this_machine_did_not_make_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(table, "root", lambda: tmp_path)
+    (tmp_path / "results").mkdir()
+    shutil.copytree(root() / "results" / "face-verification", tmp_path / "results" / "face-verification")
+    show()
+    assert "committed record; not run here" in capsys.readouterr().out
+    (tmp_path / "build" / "records").mkdir(parents=True)
+    (tmp_path / "build" / "records" / "face-verification.json").write_text('{"seconds": 61.2}')
+    show()
+    out = capsys.readouterr().out
+    assert "took 61 s here" in out and "not run here" not in out

@@ -4,6 +4,7 @@ import json
 import os
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from facelab.face.measure import keypoint_error
 from facelab.face.morphable import MorphableModel
 from facelab.face.objective import EQ5, Objective
 from facelab.facegpt import baselines
+from facelab.facegpt import train as train_page
 from facelab.facegpt.baselines import FaceRegressor, constant_codes, train_regressor
 from facelab.facegpt.batches import talk_set, tensor_pixels
 from facelab.facegpt.key import NUMBERS, add_number_words, cells, fit_points, free_answers, key_loss, key_talks, moved, number_words, parse_points, train_key, write_points, written
@@ -34,7 +36,9 @@ from facelab.facegpt.tower_training import Jitter
 from facelab.facegpt.train import MINI, train_facegpt
 from facelab.facegpt.vlm import FACE, LoraSettings, add_face_token, load_llava, random_llava, with_lora, word_pieces
 from facelab.lab.errors import InputError, ShapeError
+from facelab.lab.train import TrainConfig
 from facelab.nets.tower import TowerConfig
+from train_target import PowerCut, cut_at
 
 TEXTS = ["USER: ASSISTANT: Can you give the landmarks of this person. Please give them of this face in the photo."]
 QUICK = replace(MINI, steps=12, batch=6, warmup=2, threads=1, rate=1e-3, head_rate=2e-3, how=Jitter(share=0.0, gain=0.0))
@@ -374,3 +378,51 @@ def test_fit_of_written_points(photos, model):
 
 def test_cells():
     assert cells(torch.tensor([[0.0, 0.999], [0.505, 1.2]])).tolist() == [[0, 99], [50, 99]]
+
+
+# ---- a run that was cut off ---------------------------------------------------------------------------------------------------------------------
+
+
+def adapted(folder, photos, seed):
+    "A FaceGPT with a fresh adapter that drops out, and its talks."
+    torch.manual_seed(seed)
+    gpt = FaceGPT(load_llava(folder), prompt=Prompt(system=""), lora=LoraSettings(4, 8, 0.1))
+    said = lambda answer: (Turn("user", "Can you give the landmarks of this person."), Turn("assistant", answer))
+    talks = [Talk(str(k), f"{k % 6}.png" if k % 3 else None, said(f"Sure, it is {FACE}." if k % 4 else "Please."), "t", None, (f"{k % 6}.png",) if k % 4 else ()) for k in range(18)]
+    return gpt, talk_set(gpt.encoder, talks, photos)
+
+
+def test_training_goes_on_where_it_was_cut_off(photos, model, tmp_path, monkeypatch):
+    "LoRA with dropout, the rows of <FACE>, the head and what the optimiser keeps, photos framed anew in each step: the same bits as without the cut, whatever the second start's weights were."
+    monkeypatch.setattr(train_page, "TrainConfig", partial(TrainConfig, save_every=3, save_every_s=None))
+    folder, recipe = random_llava(tmp_path / "llava", TEXTS, 64, 16, context=640), replace(QUICK, how=Jitter())
+    ends, seen = [], []
+    for scratch, seed, look in (("whole", 0, lambda run: None), ("cut", 0, cut_at(8)), ("cut", 5, lambda run: seen.append(run.step))):
+        gpt, rows = adapted(folder, photos, seed)
+        train_it = lambda: train_facegpt(recipe, gpt, photos, rows, model, look=look, scratch=tmp_path / scratch)
+        if scratch == "cut" and seed == 0:
+            with pytest.raises(PowerCut):
+                train_it()
+            continue
+        curve = train_it()
+        ends.append((curve.drop(columns=[c for c in curve if c.endswith("seconds")]), {name: weight.detach().clone() for name, weight in gpt.named_parameters() if weight.requires_grad}))
+    (curve, weights), (again, resumed) = ends
+    assert seen[0] == 7 and seen[-1] == 12, "it began anew"
+    assert {part for part in ("lora_A", "lora_B", "trainable_tokens_delta", "head.layers") if any(part in name for name in weights)} == {"lora_A", "lora_B", "trainable_tokens_delta", "head.layers"}
+    assert [name for name, weight in weights.items() if not torch.equal(weight, resumed[name])] == [] and curve.equals(again)
+    assert max(float(weight.abs().max()) for name, weight in weights.items() if "lora_B" in name) > 0
+
+
+def test_a_regressor_goes_on_where_it_was_cut_off(photos, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "TrainConfig", partial(TrainConfig, save_every=3, save_every_s=None))
+    recipe, ends, seen = replace(QUICK, how=Jitter()), [], []
+    for scratch, seed, look in (("whole", 0, lambda run: None), ("cut", 0, cut_at(8)), ("cut", 5, lambda run: seen.append(run.step))):
+        torch.manual_seed(seed)
+        net = FaceRegressor(towered(), trained=True)
+        try:
+            curve = train_regressor(recipe, net, photos, model, look=look, scratch=tmp_path / scratch)
+            ends.append((curve.drop(columns=[c for c in curve if c.endswith("seconds")]), {name: value.clone() for name, value in net.state_dict().items()}))
+        except PowerCut:
+            pass
+    (curve, weights), (again, resumed) = ends
+    assert seen[0] == 7 and [name for name, weight in weights.items() if not torch.equal(weight, resumed[name])] == [] and curve.equals(again)

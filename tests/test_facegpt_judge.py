@@ -1,17 +1,20 @@
 "FaceGPT's judges: LLaVA's protocol and its files, judges that fail, the schema judge against a slow twin."
 
+import hashlib
 import json
 import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from facelab.facegpt import judge_models
+from facelab.facegpt import chat_tables, judge_models
+from facelab.facegpt import judge as judge_module
 from facelab.facegpt.judge import (
-    RULE, is_published, RecordedJudge, Reply, Review, bench_gain, bench_rows, bench_scores, judge_prompt, parse_review, read_answers, read_contexts, read_jsonl,
+    RULE, is_published, RecordedJudge, Reply, Review, bench_gain, bench_rows, bench_scores, judge_prompt, order_lead, parse_review, read_answers, read_contexts, read_jsonl,
     read_questions, read_reviews, read_rules, review_bench, write_answers, write_reviews, JudgePrompt,
 )  # fmt: skip
 from facelab.facegpt.judge_models import EndpointJudge, LocalJudge, ReplyCache, reply_text, JudgeFailure
@@ -162,7 +165,48 @@ def test_score_of_recorded_reviews_by_hand(tmp_path):
     write_reviews(tmp_path / "again.jsonl", reviews)
     assert read_reviews(tmp_path / "again.jsonl") == reviews
     rows = bench_rows("FaceGPT", reviews, "recorded", table="Table 3")
-    assert [r.metric for r in rows] == ["Conv", "Detail", "Complex", "All"] and rows[1].data == "judge recorded, 1 left out" and rows[3].table == "Table 3"
+    assert [r.metric for r in rows] == ["Conv", "Detail", "Complex", "All"] and rows[1].data == "judge recorded, by a rule that is not known, 1 left out" and rows[3].table == "Table 3"
+
+
+@pytest.fixture()
+def publish(monkeypatch):
+    "Takes a text for LLaVA's own rule, whose words are not ours to keep."
+    return lambda text: monkeypatch.setattr(judge_module, "PUBLISHED_RULE", hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def test_rows_say_by_which_rule(tmp_path, publish):
+    publish("The published rule.")
+    files, published = bench_files(tmp_path), dict.fromkeys(("conv", "detail", "complex"), "The published rule.")
+    said = lambda reviews: {row.data for row in bench_rows("m", reviews, "j", draws=20)}
+    good, ours = review_bench(Listening(), *files, published), review_bench(Listening(), *files)
+    assert said(good) == {"judge j"} and said(ours) == {"judge j, not by the published rule"}
+    one = review_bench(Listening(), *files, published | {"detail": RULE})
+    assert {row.metric: row.data for row in bench_rows("m", one, "j", draws=20)} == {"Conv": "judge j", "Complex": "judge j", "Detail": "judge j, not by the published rule", "All": "judge j, not by the published rule"}
+    assert bench_gain("m", good, ours, "j", draws=20).data == "judge j, not by the published rule" and bench_gain("m", good, good, "j", draws=20).data == "judge j"
+    both = review_bench(Listening(), *files, swap=True)
+    assert order_lead("m", both, "j", draws=20).data == "judge j, not by the published rule"
+    write_reviews(tmp_path / "kept.jsonl", ours)
+    again = review_bench(RecordedJudge(tmp_path / "kept.jsonl"), *files, published)  # the file knows better than the call
+    assert said(again) == {"judge j, not by the published rule"} and [r.rule for r in again] == ["other"] * 3
+    assert said(review_bench(RecordedJudge(write_lines(tmp_path / "r.jsonl", RECORDED)), *files, published)) == {"judge j, by a rule that is not known"}
+
+
+@pytest.mark.parametrize(("rule", "row", "note"), [(None, "judge 8, not by the published rule", "there is no rule.json"), ("Judge well.", "judge 8, not by the published rule", "is another one"), ("The published rule.", "judge 8", None)])
+def test_a_missing_rule_is_not_silent(tmp_path, publish, monkeypatch, rule, row, note):
+    "The stage's own way: files of the benchmark in a folder, with LLaVA's rule, with another, without."
+    publish("The published rule.")
+    bench_files(tmp_path)
+    for old, new in (("q", "qa90_questions"), ("ref", "qa90_gpt4_answer"), ("c", "caps_boxes_coco2014_val_80")):
+        (tmp_path / f"{old}.jsonl").rename(tmp_path / f"{new}.jsonl")
+    if rule:
+        (tmp_path / "rule.json").write_text(json.dumps({name: {"role": "Assistant", "prompt": rule} for name in ("conv", "detail", "complex")}))
+    monkeypatch.setattr(chat_tables, "read_image", lambda path: np.zeros((8, 8, 3), np.uint8))
+    talker = SimpleNamespace(vision=lambda pixels: pixels, pixels=lambda images: images, generate=lambda talks, picture, most: [SimpleNamespace(text="An answer.")])
+    judge = Listening()
+    judge.name = "8"
+    reviews, notes = chat_tables.judged_bench("FaceGPT", talker, tmp_path, judge)
+    assert {r.data for r in bench_rows("FaceGPT", reviews, judge.name, draws=20)} == {row} and len(judge.seen) == 3
+    assert [note in said for said in notes] == [True] if note else notes == []
 
 
 def test_a_published_average_of_failures_is_a_perfect_score():

@@ -28,7 +28,9 @@ from facelab.facegpt.model import ANSWER, FaceGPT, FaceHead, from_pretrained
 from facelab.facegpt.prompt import VICUNA, Encoder, Prompt, ask, collate
 from facelab.facegpt.talker import Talker
 from facelab.facegpt.vlm import FACE, Llava, LoraSettings, add_face_token, load_llava, paper_llava, pixels, quiet, random_llava, tower_features, with_lora, word_pieces
+from facelab.lab.arrays import read_safetensors, write_safetensors
 from facelab.lab.errors import InputError, ShapeError, Skipped
+from facelab.lab.files import file_sha256
 
 TEXTS = ["USER: ASSISTANT: Can you give the 3DMM parameters of this person. Sure, it is a face and they are. Is it a smile? No."]
 REQUEST = "Can you give the 3DMM parameters of this person."
@@ -533,7 +535,29 @@ DAMAGE = {
     "later format": (damage_card(format=2), "format"),
     "base elsewhere": (damage_card(base={"folder": "../nowhere", "marks": []}), "base="),
     "other marks": (damage_card(base={"folder": "../base", "marks": [1.0]}), "other weights|not there"),
+    "a scalar in the head": (lambda folder, _: change_head(folder, {"layers.0.weight": torch.tensor(1.0)}), r"layers.0.weight of shape \(\)"),
+    "a row in the head": (lambda folder, _: change_head(folder, {"layers.0.weight": torch.zeros(3)}), r"layers.0.weight of shape \(3,\)"),
+    "more modes than memory": (damage_card(dims=[10**12, 0, 0]), "dims"),
+    "more modes than the head has": (damage_card(dims=[99_999, 99_999, 99_999]), "of shape"),
+    "a rank larger than memory": (damage_card(lora={"rank": 10**12}), "1000000000000 rows"),
+    "alpha is a text": (damage_card(lora={"rank": 8, "alpha": "x"}), "alpha='x'"),
+    "rank is a text": (damage_card(lora={"rank": "8"}), "LoraSettings"),
+    "words are lists": (damage_card(lora={"words": [[1]]}), "words that are texts"),
+    "the prompt is a number": (damage_card(prompt={"system": 5}), "Prompt.system"),
+    "marks are texts": (damage_card(base={"folder": "../base", "marks": ["a"]}), "marks that are numbers"),
+    "marks are one number": (damage_card(base={"folder": "../base", "marks": 1.0}), "marks that are numbers"),
+    "marks beyond all floats": (damage_card(base={"folder": "../base", "marks": [10**400]}), "marks that are numbers"),
+    "the base's folder is a number": (damage_card(base={"folder": 5, "marks": []}), "the folder's name"),
 }
+
+
+def change_head(folder, tensors):
+    "Another head, and a card that knows it."
+    head = read_safetensors(folder / "head.safetensors") | tensors
+    write_safetensors(folder / "head.safetensors", head)
+    card = json.loads((folder / "facegpt.json").read_text())
+    card["sha256"]["head.safetensors"] = file_sha256(folder / "head.safetensors")
+    (folder / "facegpt.json").write_text(json.dumps(card))
 
 
 @pytest.fixture(scope="module")
@@ -554,6 +578,23 @@ def test_damaged_saves_are_refused(saved, name):
     harm(folder, saved / "small")
     with pytest.raises(InputError, match=says):
         FaceGPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("folder", [None, 5, ["run"]])
+def test_what_is_no_path_is_refused(saved, folder):
+    for call in (lambda: FaceGPT.from_pretrained(folder), lambda: load_llava(folder), *([] if folder is None else [lambda: FaceGPT.from_pretrained(saved / "run", base=folder)])):
+        with pytest.raises(InputError, match="the path of a folder"):
+            call()
+
+
+def test_places_that_cannot_be_saved_to(base, tmp_path):
+    (tmp_path / "a file").write_text("kept")
+    gpt = faced(base)
+    for place in (tmp_path / "a file", tmp_path / "a file" / "run", None, "a\0b"):
+        for save in (gpt.save_pretrained, gpt.save_merged):
+            with pytest.raises(InputError, match="a name that is free"):
+                save(place)
+    assert [f.name for f in tmp_path.iterdir()] == ["a file"] and (tmp_path / "a file").read_text() == "kept"
 
 
 def test_another_base_is_noticed(saved, tmp_path):
@@ -690,6 +731,10 @@ def test_bad_calls(base, photos):
         lambda: gpt.generate(asked, features[:1, :7]),
         lambda: gpt.generate([MIXED[0]]),
         lambda: gpt.generate(["Who?"], max_new_tokens=0),
+        lambda: gpt.generate(["Who?"], max_new_tokens=1.5),
+        lambda: gpt.generate(["Who?"], seed=0.5),
+        lambda: gpt.generate(["Who?"], seed=2**70),
+        *(lambda hot=hot: gpt.generate(["Who?"], None, 2, hot) for hot in (float("nan"), float("inf"), 1e-45, -0.5, 1e30, "warm", None)),
         lambda: gpt.forced(["Who?"], answer="Sure."),
         lambda: gpt.forced([MIXED[0]]),
         lambda: gpt.decode(torch.zeros(1, 257)),
@@ -703,6 +748,26 @@ def test_bad_calls(base, photos):
         with pytest.raises(InputError):
             call()
     assert gpt.generate([], None) == [] and gpt.forced([]).shape == (0, 42)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_the_coldest_and_hottest_words(base, temperature):
+    "At the ends of what is allowed words can still be drawn, however sure the model is."
+    gpt = faced(base)
+    with torch.no_grad():
+        gpt.llava.model.lm_head.weight.mul_(1e3)
+    assert len(gpt.generate(["Who?"], None, 4, temperature)[0].ids) > 0
+
+
+def test_bytes_that_are_no_text(base):
+    "A lone surrogate is what os.fsdecode and standard input leave of a byte that is no UTF-8."
+    gpt, byte = faced(base), os.fsdecode(b"a smile \xff")
+    for call in (lambda: gpt.generate([byte]), lambda: gpt.forced([byte]), lambda: gpt.tokens([talk("Who?", byte)]), lambda: gpt.encoder.encode("Who?", byte)):
+        with pytest.raises(InputError, match="a character in turn") as caught:
+            call()
+        assert str(caught.value).encode()
+    skipped = Skipped()
+    assert len(gpt.encoder.encode_all(["Who?", byte], skipped=skipped)) == 1 and len(skipped) == 1
 
 
 def test_pixels_take_any_size(base):

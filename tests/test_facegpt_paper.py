@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from types import ModuleType, SimpleNamespace
 
 import h5py
@@ -27,6 +28,7 @@ from facelab.facegpt import dataset, face_tables, learn
 from facelab.facegpt.picture import training_landmarks
 from facelab.facegpt.use import FaceGPT
 from facelab.facegpt.vlm import random_llava
+from facelab.facegpt.wordings import QUESTIONS
 from facelab.lab.arrays import read_safetensors
 from facelab.lab.errors import InputError
 from facelab.lab.files import read_json
@@ -119,11 +121,18 @@ def paper(tmp_path, monkeypatch, bfm):
 
 
 def test_the_papers_stages_one_after_another(paper, tmp_path, monkeypatch):
+    questions = {text for texts in QUESTIONS.values() for text in texts}
     made = dataset.run(paper("facegpt-data"))
     held = tmp_path / "build" / "checkpoints" / "facegpt-data"
     assert sorted(p.stem for p in (held / "landmarks").rglob("*.pts")) == ["0", "1", "4", "5"]  # of train and of test; 2 has no face
     assert "landmarks found in 4 of 5 photos of the splits train and test" in made.notes and any("2.jpg" in note for note in made.notes)
     assert {talk.image or talk.targets[0] for talk in read_instructions(held / "talks.json")} == {"CelebA-HQ-img/0.jpg", "CelebA-HQ-img/1.jpg"}
+
+    talks = list(read_instructions(held / "talks.json"))
+    assert {row.data: row.value for row in made.rows if row.metric == "count"} == Counter(talk.kind for talk in talks)
+    conversations = [talk for talk in talks if talk.kind == "face_conversation"]  # one a photo, of two to four questions, answered in words
+    assert sorted(talk.image for talk in conversations) == ["CelebA-HQ-img/0.jpg", "CelebA-HQ-img/1.jpg"] and all(2 <= len(talk.turns) // 2 <= 4 and not talk.targets for talk in conversations)
+    assert all(turn.text in questions for talk in conversations for turn in talk.turns[::2]) and not any("<FACE>" in turn.text for talk in conversations for turn in talk.turns)
 
     have = learn.given(paper("facegpt-train"))
     assert have.photos.names == ["CelebA-HQ-img/0.jpg", "CelebA-HQ-img/1.jpg", "wide.png"]

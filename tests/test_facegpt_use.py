@@ -290,6 +290,35 @@ def test_thetas_that_are_no_face_are_left_out(gpt):
     assert len(faces) == 1 and len(notes) == 2 and "face 1 " in notes[0] and "face 3 " in notes[1]
 
 
+AT_FIRST_USE = """
+import sys
+from facelab.facegpt.model import FaceGPT
+assert "facelab.facegpt.use" not in sys.modules and all(hasattr(FaceGPT, name) for name in ("from_pretrained", "reconstruct", "imagine", "chat", "morphable"))
+gpt = FaceGPT.from_pretrained(sys.argv[1])
+text, faces = gpt.chat("What colour is snow?")
+assert (text, faces) == ("Snow is white.", []) and "facelab.facegpt.use" in sys.modules
+from facelab.facegpt import FaceGPT as Whole
+assert Whole is FaceGPT and gpt.imagine("A man with a wide face")[0].face is not None and gpt.morphable.dims == gpt.dims
+"""
+
+
+def test_methods_of_use_come_at_their_first_call(run):
+    done = subprocess.run([sys.executable, "-c", AT_FIRST_USE, run], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_face_model_can_be_set_before_anything_is_called(run):
+    code = "import sys; from facelab.face.morphable import MorphableModel; from facelab.facegpt.model import FaceGPT; gpt = FaceGPT.from_pretrained(sys.argv[1]); gpt.morphable = (mine := MorphableModel.procedural().keep_modes(80, 64, 80)); assert gpt.morphable is mine and gpt.imagine('bald')[0].face.model is mine"
+    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_answer_is_a_text_and_faces(gpt):
+    answer = gpt.chat(REQUESTS[0], image=portrait(), finder=knows(found(marked())))
+    text, faces = answer
+    assert text == answer.text == ANSWER and faces is answer.faces and len(faces) == 1
+
+
 # ---- texts ------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -590,6 +619,32 @@ def test_command_talks(run, photo_file, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert "context length" in shown.err and "Sure, it is <FACE>." in shown.out and (tmp_path / "out" / "answer.json").is_file()
     assert main(["chat", str(run), "What is this?", "--image", str(tmp_path / "none.png")]) == 2
+
+
+def test_command_with_bytes_that_are_no_text(run, photo_file, tmp_path, capsys, monkeypatch):
+    "argv and standard input as Python decodes them; a picture whose name is no UTF-8 is a picture."
+    byte = os.fsdecode(b"a smile \xff")
+    for words in (["imagine", str(run), byte], ["chat", str(run), byte], ["reconstruct", str(run), str(photo_file), "--request", byte]):
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert "a character in turn 1" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{byte}\nWhat colour is snow?\n"))
+    assert main(["chat", str(run)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "Snow is white.\n" and "a character in turn 1" in shown.err
+    named = photo_file.with_name(os.fsdecode(b"me\xff.png"))
+    named.write_bytes(photo_file.read_bytes())
+    assert main(["reconstruct", str(run), str(named), "--crop", "none", "--out", str(tmp_path / "out"), "--files", "ply"]) == 0
+    assert capsys.readouterr().out.encode() == b"me\\udcff: Sure, it is <FACE>. -> me\\udcff.ply\n"  # a strict stdout can write it
+    for hot in ("nan", "inf", "1e-45"):
+        assert main(["imagine", str(run), WISH, "--temperature", hot, "--out", str(tmp_path / "out")]) == 2
+        assert "temperature" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_whole(gpt):
+    for call in (lambda: gpt.reconstruct(portrait(), refine_steps=1.5, finder=knows()), lambda: gpt.reconstruct(portrait(), batch=0), lambda: gpt.imagine(WISH, count=1.5, temperature=1.0), lambda: gpt.imagine(WISH, temperature="hot"), lambda: gpt.chat(WISH, temperature=float("nan"))):
+        with pytest.raises(InputError, match="needed"):
+            call()
+    assert gpt.reconstruct([], refine_steps=np.int64(2)) == []
 
 
 def test_command_on_a_device_that_is_not_there(run, tmp_path, capsys):

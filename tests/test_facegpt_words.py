@@ -1,5 +1,6 @@
 "FaceGPT's language: every sentence that can be said is read back, nothing that is read raises, measures agree with what they measure, talks keep their shares and their words."
 
+import re
 import time
 from dataclasses import replace
 
@@ -17,10 +18,14 @@ from facelab.face.code import FaceCode
 from facelab.face.light import AMBIENT, ambient_light, directional_light
 from facelab.face.mirror import Mirror
 from facelab.face.morphable import MorphableModel
-from facelab.facegpt.describe import CLAUSES, HEARD, PARTS, PHRASES, SchemaDescriber, describe, mentioned, read_facts, say, words_of
+from facelab.facegpt.chat_tables import IFF_MIX, iff_prompts
+from facelab.facegpt.describe import CLAUSES, HEARD, PARTS, PHRASES, LlavaDescriber, SchemaDescriber, describe, mentioned, read_facts, say, words_of
+from facelab.facegpt.photos import FacePhotos
 from facelab.facegpt.schema import SCHEMA, Ruler, check_facts, code_facts, item_codes, item_facts, measure, photo_facts, world_ruler
 from facelab.facegpt.talk import COMPLEX, KINDS, UNKNOWN, all_texts, answer, detail, make_talks, vocabulary
-from facelab.facegpt.wordings import ANSWER, ANSWER_TWO, GENERAL, HARD, HARD_IMAGE_HELD_OUT, QUESTIONS, QUESTIONS_HELD_OUT, REQUESTS, REQUESTS_HELD_OUT, TEXT_REQUESTS, TEXT_REQUESTS_HELD_OUT, fill
+from facelab.facegpt.wordings import (
+    ANSWER, ANSWER_TWO, DETAIL, DETAIL_HELD_OUT, GENERAL, HARD, HARD_HELD_OUT, HARD_IMAGE_HELD_OUT, HARD_TEXT_HELD_OUT, QUESTIONS, QUESTIONS_HELD_OUT, REQUESTS, REQUESTS_HELD_OUT, SEVERAL_TEXT_HELD_OUT, TEXT_REQUESTS, TEXT_REQUESTS_HELD_OUT, fill,
+)  # fmt: skip
 from facelab.lab.errors import InputError, ShapeError
 
 
@@ -257,6 +262,14 @@ def test_describer_is_true_and_steady(model, items):
     assert any(set(read_facts(t)) & {"hair", "glasses", "hat", "beard"} for t in writer.describe(codes=codes, attributes=attributes))
     with pytest.raises(InputError):
         writer.describe(images=torch.rand(1, 3, 8, 8))
+    nobody = LlavaDescriber(None)  # is not asked
+    assert nobody.describe(torch.rand(0, 3, 64, 64)) == [] == nobody.converse([], torch.rand(0, 3, 64, 64)) and nobody.converse([[], []], torch.rand(2, 3, 64, 64)) == [[], []]
+    for wrong in (torch.rand(3, 64, 64), torch.rand(0, 1, 64, 64), None):
+        with pytest.raises(InputError, match="pictures"):
+            nobody.describe(wrong)
+    assert writer.describe(codes=codes[slice(0, 0)]) == [] == writer.describe(codes=codes[slice(0, 0)], attributes=attributes[:0])
+    with pytest.raises(InputError, match="rows of attributes"):
+        writer.describe(codes=codes, attributes=attributes[:-1])
     assert world_ruler() is world_ruler()
 
 
@@ -335,6 +348,26 @@ def test_held_out_wordings_are_not_trained():
     assert {q for qs in QUESTIONS.values() for q in qs} <= trained and {q for qs in QUESTIONS_HELD_OUT.values() for q in qs} <= held
     start = lambda texts: {t.split("{")[0] for t in texts if not t.startswith("{")}
     assert not start(TEXT_REQUESTS) & start(TEXT_REQUESTS_HELD_OUT) and len(HARD_IMAGE_HELD_OUT) >= 2 and len(REQUESTS_HELD_OUT) >= 6
+
+
+def test_held_out_prompts_hold_nothing_that_was_trained():
+    "Each question of the row 'held-out wordings' stands, whole and frame by frame, among the held-out tables; everyday questions are among the known."
+    rng = np.random.default_rng(8)
+    facts = [{a.name: choose(rng, a.values) for a in SCHEMA.values()} for _ in range(30)]
+    photos = FacePhotos(torch.zeros(30, 3, 8, 8, dtype=torch.uint8), [f"{k}.jpg" for k in range(30)], facts=tuple(facts))
+    prompts = iff_prompts(photos, 4000, 0)
+    asked = {name: [(t.kind, turn.text) for n, t, _ in prompts if n == name for turn in t.turns if turn.role == "user"] for name in ("known wordings", "held-out wordings")}
+    trained, held = ({text for text in (*texts, *(q for some in groups for q in some)) if "{" not in text} for texts, groups in (
+        (REQUESTS + DETAIL, [*QUESTIONS.values(), *(w for w, _ in HARD + GENERAL), *(r.questions for r in COMPLEX.values())]),
+        (REQUESTS_HELD_OUT + DETAIL_HELD_OUT, [*QUESTIONS_HELD_OUT.values(), *(w for w, _ in HARD_HELD_OUT), *(r.held_out for r in COMPLEX.values())])))  # fmt: skip
+    frames = {"hard_negative": HARD_IMAGE_HELD_OUT + HARD_TEXT_HELD_OUT, "text_to_face": TEXT_REQUESTS_HELD_OUT, "several": SEVERAL_TEXT_HELD_OUT}
+    fits = lambda text, frame: re.fullmatch(re.sub(r"\\{\w+\\}", "(.+)", re.escape(frame)), text)
+    for kind, text in asked["held-out wordings"]:
+        assert text in held or any(fits(text, frame) for frame in frames.get(kind, ())), (kind, text)
+        assert text not in trained and not any(text.endswith(q) or text.startswith(q) for q in trained - {text}), (kind, text)
+    assert {kind for kind, _ in asked["held-out wordings"]} == set(IFF_MIX) - {"general"} and {kind for kind, _ in asked["known wordings"]} == set(IFF_MIX)
+    assert len({frame for frame in HARD_TEXT_HELD_OUT + SEVERAL_TEXT_HELD_OUT for kind, text in asked["held-out wordings"] if fits(text, frame)}) == 5
+    assert [answer for _, answer in HARD_HELD_OUT] == [answer for _, answer in HARD]
 
 
 def test_vocabulary_is_small_plain_and_closed():

@@ -218,6 +218,11 @@ def test_base_finds_a_portrait_that_lies_on_its_side(quarters):
     assert nme(face.landmarks_2d, points, 512) < 12
 
 
+@pytest.mark.parametrize("name", ["coffee", "chelsea", "rocket", "coins"])
+def test_base_sees_no_face_in_things_however_they_lie(name):
+    assert faces_of(getattr(pictures, name)(), finder=base(), thorough=True) == []
+
+
 def test_base_tells_small_real_faces_from_patches():
     from facelab.tasks.landmark_base import believed, small_faces
 

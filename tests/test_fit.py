@@ -8,6 +8,8 @@ from facelab.face import fit as module
 from facelab.face.code import FaceCode
 from facelab.face.fit import FitConfig, fit, see
 from facelab.face.morphable import MorphableModel
+from facelab.face.objective import photo_loss
+from facelab.face.skin import skin_mask
 from facelab.lab.errors import InputError, ShapeError, Skipped
 
 MODEL = MorphableModel.procedural()
@@ -106,3 +108,23 @@ def test_landmarks_alone(faces):
     marks[0] = np.nan
     found = fit(MODEL, None, marks, QUICK, width=40, skipped=Skipped())
     assert found.rows == [1, 2, 3, 4] and found.image is None
+
+
+def test_the_skin_mask_is_found_unless_it_is_switched_off(faces):
+    images, marks = faces
+    plain, given, off = (fit(MODEL, images, marks, QUICK, **how) for how in ({}, {"skin": skin_mask(images)}, {"skin": None}))
+    assert torch.equal(plain.code.pack(), given.code.pack()) and plain.notes == given.notes
+    assert not torch.equal(plain.code.pack(), off.code.pack()) and "no skin mask" in str(off.notes) and "no skin mask" not in str(plain.notes)
+    with pytest.raises(InputError, match="'all'"):
+        fit(MODEL, images, marks, QUICK, skin="all")
+    blue = images.clone()
+    blue[2] = torch.tensor([0.1, 0.2, 0.9])[:, None, None]
+    assert "photos [2]" in str(fit(MODEL, blue, marks, QUICK).notes)
+
+
+def test_the_literal_photo_term_is_what_is_printed():
+    "The squared norm of A times the difference: A enters squared, and nothing is divided by its sum."
+    image, rendered, weight = torch.rand(2, 3, 6, 5), torch.rand(2, 3, 6, 5), torch.rand(2, 1, 6, 5)
+    printed = torch.stack([torch.linalg.vector_norm((a * (x - y)).flatten()).square() for x, y, a in zip(image, rendered, weight)])
+    assert torch.allclose(photo_loss(image, rendered, weight, "literal"), printed, rtol=1e-5)
+    assert torch.allclose(photo_loss(image, rendered, weight / 2, "literal"), printed / 4, rtol=1e-5) and torch.allclose(photo_loss(image, rendered, weight / 2), photo_loss(image, rendered, weight), rtol=1e-5)

@@ -14,7 +14,7 @@ from facelab.gptface.guidance_toy import COUNTS, FIRST, LAYOUT, METHODS, ToyTrai
 from facelab.gptface.masking import random_mask, span_mask
 from facelab.gptface.model import GPTFaceConfig, build_gptface, load_gptface, save_gptface
 from facelab.gptface.pretrain import held_out
-from facelab.gptface.tokens import TokenLayout, Sequences, Vocabulary, join
+from facelab.gptface.tokens import TokenLayout, Sequences, Vocabulary, join, telling_pieces
 from facelab.lab.errors import InputError, ShapeError
 
 GRID = TokenLayout(words=20, codes=12, rows=5, cols=6, text=4, pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -202,12 +202,25 @@ def test_tags_are_words_and_come_once(guidance):
     assert all(len(set(row)) == 7 and all(len(tag) > 1 and tag.isalpha() for tag in row) for row in tags) and made.trace["kept"].sum() == 21
     alone, _ = fill_tags(model, VOCAB, codes[2:], 7, guidance, K[2], seeds=[1])
     assert fill_tags(model, VOCAB, codes, 7, guidance, K[2], seeds=[0, 2, 1])[0][2] == alone[0]
-    allowed = {piece for piece in VOCAB.pieces if piece.isalpha() and len(piece) > 1}
+    allowed = {VOCAB.pieces[k] for k in telling_pieces(VOCAB).nonzero()[:, 0]}
     assert set(fill_tags(model, VOCAB, codes[:1], len(allowed), PLAIN, K[8])[0][0]) == allowed
     with pytest.raises(InputError):
         fill_tags(model, VOCAB, codes, len(allowed) + 1)
     with pytest.raises(InputError, match="one piece"):
         fill_tags(model, VOCAB, codes, 2, among=["moustaches"])
+
+
+def test_tags_tell_something():
+    "Words of any caption (the, with, photo) are no tags unless they are asked for."
+    vocab = Vocabulary.learn(["tags: man, hat, a photo of the man with this hat"], 60)
+    model = small(vocab.layout(12, 5, 6, 16))
+    tags, _ = fill_tags(model, vocab, faces(2)[0], 2, PLAIN)
+    assert all(set(row) == {"man", "hat"} for row in tags)
+    assert set(fill_tags(model, vocab, faces(1)[0], 2, PLAIN, among=["The", "with"])[0][0]) == {"the", "with"}
+    with pytest.raises(InputError, match="3 tags of 2 words"):
+        fill_tags(model, vocab, faces(1)[0], 3, PLAIN)
+    with pytest.raises(InputError, match="one string"):
+        fill_tags(model, vocab, faces(1)[0], 1, PLAIN, among="man")
 
 
 def test_words_are_filled_from_known_ones():
@@ -241,7 +254,7 @@ def test_bad_input():
         decode(model, seq, both[:, :-1])
     with pytest.raises(ShapeError, match="seeds"):
         decode(model, seq, both, seeds=[1])
-    for values in ({"schedule": "linear"}, {"confidence": "entropy"}, {"steps": 0}, {"k": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"noise": -1.0}):
+    for values in ({"schedule": "linear"}, {"confidence": "entropy"}, {"steps": 0}, {"k": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"noise": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"noise": math.nan}, {"k": 2.5}, {"steps": 1.5}):
         with pytest.raises(InputError):
             Decoding(**values)
 
@@ -327,7 +340,7 @@ def test_guidance_hits_what_the_text_asks_for(toy, tmp_path):
     assert 0.1 < none < 0.45
     assert table.loc[default, "target hit"] >= none + 0.15 and table.loc[default, "valid codes"] >= 0.95 and table.loc[default, "codes in place"] >= 0.95
     assert table.loc["hidden 0.1", "target hit"] > none and table.loc[default, "final p(q=1)"] > table.loc["no guidance", "final p(q=1)"] and table.loc["cfg 2.5", "target hit"] < none + 0.15
-    assert METHODS[default][0] == Guidance() and all(row.n == 80 for row in rows)
+    assert METHODS[default][0] == Guidance() and all(row.n == 80 for row in rows) and not [row for row in rows if "difference" in row.metric]
     save_gptface(tmp_path, toy)
     again, _ = load_gptface(tmp_path, LAYOUT)
     assert [row.value for row in toy_rows(again, toy_edits(80, 5), {default: METHODS[default]})] == [row.value for row in rows if row.method == default]
@@ -339,6 +352,16 @@ def test_all_weights_guide_too_and_the_default_hits_as_often(toy):
     hit = table["target hit"]
     assert hit["all 0.01"] > hit["no guidance"] and hit["embeddings 0.1, every 4, cosine (default)"] >= hit["all 0.01"] - 0.15
     assert table.loc["all 0.1", "codes in place"] < table.loc["all 0.01", "codes in place"]  # too much of it breaks the codes
+
+
+def test_default_against_literal_over_the_same_edits(toy):
+    "The row is the mean of differences, edit by edit, to the literal method that hits most."
+    from facelab.gptface.guidance_toy import DEFAULT, LITERAL
+
+    rows = toy_rows(toy, toy_edits(30, 7), {name: METHODS[name] for name in (*LITERAL[:2], DEFAULT)})
+    hit = {row.method: row.value for row in rows if row.metric == "target hit"}
+    (gap,) = (row for row in rows if row.metric == "target hit, difference")
+    assert gap.value == pytest.approx(hit[DEFAULT] - max(hit[name] for name in LITERAL[:2])) and gap.low <= gap.value <= gap.high and gap.n == 30
 
 
 def test_costs_are_counted_from_the_iterations_that_are_done():

@@ -323,6 +323,7 @@ def test_the_paper_recipe_runs_from_tars(tmp_path, items, monkeypatch):
     assert {load_rival(tmp_path / "gptface-train" / f"{name}.safetensors").config.method for name in RIVALS} == set(RIVALS)
     settings = out.tables["settings"].set_index("method")
     assert settings.loc["GPTFace", "pictures"] == 12 and settings.loc["GPTFace", "epochs"] == 2.0 and settings.loc["ViT", "pictures"] == 4
+    assert settings.loc["ViT", "epochs"] == 6.0 and settings.loc["MAE", "epochs"] == 2.0, "the ViT goes through four labelled pictures, the others through twelve texts"
     assert any(note.startswith("GPTFace: ") and "left out" in note for note in out.notes)
     with pytest.raises(InputError, match="recipe paper"):
         run_train(Here("gptface-train", "paper", values | {"recipe": "small"}))
@@ -379,14 +380,17 @@ def test_sheets_go_out_and_come_back(tmp_path):
     assert all(profile_values("gptface-tables", name)["ratings"] == "" for name in ("smoke", "mini", "gpu", "paper"))
 
 
-def test_a_vqgan_from_tars_and_from_a_folder(tmp_path, items, capsys):
+def test_a_vqgan_from_tars_and_from_a_folder(tmp_path, items, capsys, monkeypatch):
     "The command writes what the profiles name; a broken picture is left out and counted."
+    monkeypatch.setenv("FACELAB_ASSETS", str(tmp_path / "no-assets"))
     write_pairs(tmp_path / "laion", items, 1.0), write_celeba(tmp_path / "celeba", items)
     (tmp_path / "celeba" / "img_align_celeba" / "000002.jpg").write_bytes(b"no picture")
     for name in ("laion", "celeba"):
-        said = [str(tmp_path / name), str(tmp_path / f"{name}-vqgan"), "--net", "face64", "--size", "32", "--steps", "2", "--batch", "4", "--lanes", "0", "--disc-start", "-1", "--perceptual", "none", "--device", "cpu"]
+        said = [str(tmp_path / name), str(tmp_path / f"{name}-vqgan"), "--net", "face64", "--size", "32", "--steps", "2", "--batch", "4", "--lanes", "0", "--disc-start", "-1", "--device", "cpu"]
         assert vqgan_folder.main(said) == 0
         assert open_vqgan(tmp_path / f"{name}-vqgan", 512).config == VQGANS["face64"]
     assert "PSNR" in (out := capsys.readouterr().out) and "left out: 0" not in out.splitlines()[-1]
+    assert "compared with gradients" in out, "without LPIPS's weights the plain command runs, and says what it did without"
+    assert vqgan_folder.main([*said, "--perceptual", "lpips"]) == 2
     assert vqgan_folder.main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
     assert vqgan_folder.main([*said[:5], "33", *said[6:]]) == 2

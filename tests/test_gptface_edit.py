@@ -18,6 +18,7 @@ from facelab.gptface.model import GPTFaceConfig, build_gptface, save_gptface
 from facelab.gptface.paste import blend_of, cells_of, check_mask, face_frame, level, mask_to_frame, mask_to_photo, paste, whole_frame
 from facelab.gptface.regions import NAMED_REGIONS, find_region, region_of
 from facelab.gptface.tokens import Vocabulary, strange_words
+from facelab.lab.base import Base, save_base
 from facelab.lab.batches import seed_of
 from facelab.lab.errors import InputError, ShapeError
 from facelab.lab.paths import data_dir
@@ -180,6 +181,9 @@ def test_scratches_are_found_and_nothing_else_changes(editor):
     assert np.array_equal(made.image[~made.mask], scratched[~made.mask])
     with pytest.raises(InputError, match="no scratch"):
         editor.restore(clean)
+    with pytest.raises(InputError, match="An empty mask leaves nothing to do") as said:
+        editor.restore(scratched, np.zeros((128, 128), bool))
+    assert "no scratch" not in str(said.value)
 
 
 def test_something_in_front_of_the_face(editor):
@@ -194,6 +198,14 @@ def test_something_in_front_of_the_face(editor):
     labels[:] = 1
     with pytest.raises(InputError, match="nothing in front"):
         seeing.remove_occlusion(before, face=points)
+
+
+def test_parts_that_the_parser_does_not_know(editor):
+    points = MeanPoints().landmarks(torch.zeros(1, 3, 190, 190))[0].double().numpy()
+    with pytest.raises(InputError, match="'spectacles'.*background, skin, nose"):
+        editor.remove_occlusion(photo(190, 190), also=("spectacles",), face=points)
+    with pytest.raises(InputError, match="no class for what is in front of a face"):
+        editor.remove_occlusion(photo(190, 190), face=points)
 
 
 def test_words_for_a_face(editor):
@@ -216,6 +228,20 @@ def test_to_disk_and_back(editor, tmp_path):
     ours, theirs = (one.edit(photo(), patch(), "a man", BOX, seed=3) for one in (own, again))
     assert np.array_equal(ours.image, theirs.image) and ours.p == pytest.approx(theirs.p, abs=1e-5)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+def test_the_shipped_parser_stands_in(editor, tmp_path, monkeypatch):
+    "A folder without a parser: the base where it is, else outlines; one that is given goes before it."
+    editor.save(tmp_path / "mine")  # outlines are not saved
+    torch.manual_seed(1)
+    base = UNetParser(("background", "skin", "hair"), 32, width=4).eval()
+    bases = tmp_path / "bases"
+    monkeypatch.setattr("facelab.lab.base.bases_dir", lambda: bases)
+    assert isinstance(FaceEditor.from_pretrained(tmp_path / "mine").parser, OutlineParser)
+    save_base(Base(base.state_dict(), base.config(), [], "", ""), bases / "parser", "smoke", {}, {})
+    found = FaceEditor.from_pretrained(tmp_path / "mine").parser
+    assert isinstance(found, UNetParser) and found.classes == base.classes
+    assert FaceEditor.from_pretrained(tmp_path / "mine", parser=editor.parser).parser is editor.parser
 
 
 def test_files_of_another_model(editor, tmp_path):
@@ -303,6 +329,89 @@ def test_nothing_to_do_is_done(editor):
     assert editor.fill([]) == [] and editor.edit_all([], "mouth", "a man").items == []
 
 
+def covered():
+    "A parser that sees something before each face."
+    labels = torch.ones(1, 64, 64, dtype=torch.long)
+    labels[:, 36:44, 28:38] = 0
+    return FunctionParser(lambda images: labels.expand(len(images), -1, -1), ("background", "skin"), 64)
+
+
+def test_every_use_has_a_batch(editor):
+    "Each item is what the single call gives with its seed; bad ones are counted; networks see batches."
+    own = FaceEditor(editor.vqgan, editor.model, VOCAB, covered())
+    points = MeanPoints().landmarks(torch.zeros(1, 3, 190, 190))[0].double().numpy()
+    rng, bad = np.random.default_rng(1), np.zeros((4, 4), np.float32)
+    images = [photo(190, 190, k) for k in range(3)]
+    scratched = [add_scratches(image, 2, rng)[0] for image in images]
+    who = {"who": {"man": "a man", "woman": "a woman with glasses"}}
+    ways = {
+        "restore": (own.restore_all([scratched[0], bad, scratched[2]], seed=5), lambda k: own.restore(scratched[k], seed=seed_of(5, k))),
+        "stitch": (own.stitch_all(iter(images), [images[1], bad, images[0]], size=64, face="whole", seed=5), lambda k: own.stitch(images[k], images[1 if k == 0 else 0], size=64, face="whole", seed=seed_of(5, k))),
+        "remove": (own.remove_occlusion_all([images[0], bad, images[2]], texts=["a man", None, None], face=points, seed=5), lambda k: own.remove_occlusion(images[k], text="a man" if k == 0 else None, face=points, seed=seed_of(5, k))),
+    }
+    for name, (made, alone) in ways.items():
+        assert [item is None for item in made.items] == [False, True, False] and len(made.skipped) == 1 and "uint8" in made.skipped.report(3), name
+        assert all(torch.equal(made.items[k].codes, alone(k).codes) for k in (0, 2)), name
+    tags, answers = own.tag_all([images[0], bad, images[2]], 3, face="whole", seed=5), own.classify_all([images[0], bad, images[2]], who, "whole")
+    for made in (tags, answers):
+        assert [item is None for item in made.items] == [False, True, False] and len(made.skipped) == 1
+    assert tags.items[2] == own.tag(images[2], 3, face="whole", seeds=[seed_of(5, 2)]) == own.tag_all(images, 3, face="whole", batch=1, seed=5).items[2]
+    assert answers.items[2]["who"] == pytest.approx(own.classify(images[2], who, "whole")["who"], abs=1e-5)
+    looked, ids = [], own.vqgan.token_ids
+    own.vqgan.token_ids = lambda batch: looked.append(len(batch)) or ids(batch)
+    try:
+        own.tag_all(images, 3, face="whole"), own.classify_all(images, who, "whole"), own.stitch_all(images, images, face="whole", batch=2)
+    finally:
+        del own.vqgan.token_ids
+    assert looked == [3, 3, 2, 1]
+
+
+def test_tags_go_as_the_editor_was_told(editor, monkeypatch):
+    from facelab.gptface import read_face
+
+    told = []
+    monkeypatch.setattr(read_face, "fill_tags", lambda *words, **how: (told.append((how["guidance"], how["decoding"])) or [["man"]], None))
+    own = FaceEditor(editor.vqgan, editor.model, VOCAB, guidance=Guidance(strength=0.2), decoding=Decoding(temperature=0.5))
+    own.tag(photo(), 1, face="whole"), own.tag(photo(), 1, face="whole", guidance=Guidance(kind="none"))
+    assert told == [(Guidance(strength=0.2), Decoding(temperature=0.5)), (Guidance(kind="none"), Decoding(temperature=0.5))]
+
+
+@pytest.mark.parametrize(("call", "said"), [
+    (lambda e: e.edit(photo(), patch(), 5), "in one string"), (lambda e: e.edit(photo(), patch(), ["a man"]), "in one string"), (lambda e: e.edit(photo(), patch(), "a man", guidance="literal"), "a Guidance, or None"),
+    (lambda e: e.edit(photo(), patch(), "a man", decoding=8), "a Decoding, or None"), (lambda e: e.edit(photo(), patch(), "a man", seed=-1), "0 or more"), (lambda e: e.edit(photo(), patch(), "a man", seed=None), "0 or more"),
+    (lambda e: e.edit(photo(), patch(), "a man", tries=1.5), "tries 1.5"), (lambda e: e.edit(photo(), patch(), "a man", feather=np.nan), "feather"), (lambda e: e.edit_all([photo()], patch(), "a man", batch=0), "batch 0"),
+    (lambda e: e.edit_all([photo()], patch(), "a man", seed=None), "seed None"), (lambda e: e.edit_all(photo(), patch(), "a man"), "Put it into a list"), (lambda e: e.edit_all([photo()], patch(), 5), "Put it into a list"),
+    (lambda e: e.classify(photo(), ["man"]), "groups of answers"), (lambda e: e.classify(photo(), {"man": "a man"}), "groups of answers"), (lambda e: e.classify(photo(), {"who": {"man": "a man " * 40}}), r"pieces.* Shorten it\.$"),
+    (lambda e: e.edit(photo(), patch(), "a man " * 40), r"pieces.* Shorten it\.$"), (lambda e: e.stitch(photo(), photo(), size=100.5), "whole pixels"), (lambda e: e.stitch(photo(), photo(), band=np.nan), "band nan"),
+    (lambda e: e.tag(photo(), 1, among="man"), "Put it into a list"), (lambda e: e.tag(photo(), 1.5), "whole number"), (lambda e: FaceEditor(e.vqgan, e.model, VOCAB, guidance="paper"), "a Guidance, or None"),
+])  # fmt: skip
+def test_what_comes_in_wrong_is_one_error(editor, call, said):
+    with pytest.raises(InputError, match=said):
+        call(editor)
+
+
+def test_numpys_numbers_generators_and_one_bad_text_are_fine(editor):
+    plain = editor.edit(photo(), patch(), "a man", seed=3, tries=2)
+    assert torch.equal(editor.edit(photo(), patch(), "a man", seed=np.int64(3), tries=np.int64(2)).codes, plain.codes)
+    images = [photo(seed=k) for k in range(3)]
+    made = editor.edit_all((image for image in images), (patch() for _ in images), ["a man", 5, "a man"], batch=np.int64(2), seed=np.int64(4))
+    assert [item is None for item in made.items] == [False, True, False] and "in one string" in made.skipped.report(3)
+    assert torch.equal(made.items[2].codes, editor.edit_all(images, patch(), "a man", seed=4).items[2].codes)
+    assert editor.stitch(photo(), photo(seed=2), size=np.int64(48)).image.shape == (48, 48, 3)
+
+
+def test_what_is_outside_the_square_is_told(editor):
+    "A mask over the whole photo but its edge: what the face's square does not hold stays, and a note says how much that is."
+    mask = patch(top=2, left=2, size=140) & (np.add.outer(np.arange(150), np.arange(190)) % 9 < 3)
+    mask[60:100, 70:110] = False
+    made = editor.edit(photo(), mask, "a man")
+    lost = 1 - made.mask.sum() / mask.sum()
+    assert 0.2 < lost < 0.9 and made.notes == (f"{round(100 * lost)} % of the mask are outside the square around the face, and stay as they are; face='whole' takes the whole picture",)
+    assert np.array_equal(made.image[mask & ~made.mask], photo()[mask & ~made.mask])
+    assert editor.edit(photo(), patch(), "a man").notes == () == editor.edit(photo(), mask, "a man", "whole").notes
+    assert all(not any("outside" in note for note in editor.prepare(photo(), name, "a man").notes) for name in ("mouth", "face", "eyes"))
+
+
 class Eyes:
     "A parser of the user's: no class of the lab's, the same calls."
 
@@ -362,6 +471,49 @@ def test_photos_without_damage_have_none():
     rng = np.random.default_rng(0)
     scratched = [add_scratches(image, 2, rng) for image in images[::10]]
     assert np.mean([(find_damage(image) & truth).sum() / truth.sum() for image, truth in scratched]) > 0.65
+
+
+def test_gains_are_told_by_target(editor, monkeypatch):
+    "All rows that the ledger asks of `gptface-edit`, from edits whose hits are known: guidance hits beards alone, classifier-free guidance a hat."
+    from facelab.data.attributes import ATTRIBUTES
+    from facelab.gptface import edit_scores
+
+    names = ("No_Beard", "Wearing_Hat", "No_Beard", "Wearing_Hat")
+    images, wanted = [photo(32, 32, k) for k in range(4)], np.array([False, True, False, True])
+    edits = edit_scores.EditSet(images, np.zeros((4, 68, 2), np.float32), ["mouth"] * 4, ["a man"] * 4, np.array([ATTRIBUTES.index(name) for name in names]), wanted, np.arange(4))
+    hit = {"words, no guidance": [0, 0, 0, 0], "classifier-free guidance 3": [0, 1, 0, 0], "guided (default)": [1, 0, 1, 0]}
+    made = {f"{who}{name}": editor.fill([editor.prepare(image, patch((32, 32), 8, 8, 12), "a man", "whole") for image in images]) for who in ("", "gptface-train: ") for name in hit}
+    shown = {id(item.image): flags[k] for name, items in made.items() for k, (item, flags) in enumerate((item, hit[name.removeprefix("gptface-train: ")]) for item in items)}
+
+    def answers(net, seen):
+        right = np.array([shown.get(id(image), 0) for image in seen], bool)
+        return np.where(right[:, None], wanted[:, None], ~wanted[:, None]) & np.ones((4, len(ATTRIBUTES)), bool)
+
+    monkeypatch.setattr(edit_scores, "answers", answers)
+    monkeypatch.setattr(edit_scores, "embed_faces", lambda embedder, images, points: torch.ones(len(images), 1))
+    rows = {(row.method, row.metric): row for row in edit_scores.edit_rows(editor, edits, None, None, made, "toys")}
+    for who in ("", "gptface-train: "):
+        guided, plain, free = (f"{who}{name}" for name in ("guided (default)", "words, no guidance", "classifier-free guidance 3"))
+        assert [rows[guided, metric].value for metric in ("target hit", "target hit, No_Beard", "target hit, Wearing_Hat", "target hit without No_Beard")] == [50, 100, 0, 0]
+        found = {(other, metric): rows[f"{guided} against {other}", f"{metric}, difference"] for other in (plain, free) for metric in ("target hit", "target hit without No_Beard")}
+        assert [row.value for row in found.values()] == [50, 0, 25, -50] and [row.n for row in found.values()] == [4, 2, 4, 2] and all(row.low is not None for row in found.values())
+    assert rows["not edited", "target hit, No_Beard"].value == 0
+
+
+def test_photos_are_told_by_target(editor, monkeypatch):
+    from facelab.data.attributes import ATTRIBUTES
+    from facelab.gptface import edit_scores
+
+    def item(k, *names):
+        signs = np.full(len(ATTRIBUTES), -1)
+        signs[[ATTRIBUTES.index(name) for name in ("No_Beard", *names)]] = 1
+        return SimpleNamespace(image=photo(32, 32, k), attributes=signs, identity=k)
+
+    monkeypatch.setattr(edit_scores, "answers", lambda net, images: np.tile(np.array([name == "Wearing_Hat" for name in ATTRIBUTES]), (len(images), 1)))
+    rows = edit_scores.photo_rows(editor.vqgan, [item(0, "Smiling"), item(1, "Wearing_Hat", "Smiling"), item(2)], None, "toys")
+    told = {row.metric: (row.value, row.n) for row in rows if row.method == "photos that have it"}
+    assert told == {"target hit": (pytest.approx(100 / 3), 3), "target hit, Smiling": (0, 2), "target hit, Wearing_Hat": (100, 1), "target hit without No_Beard": (pytest.approx(100 / 3), 3)}
+    assert {row.method for row in rows} == {"photos that have it", "the same, through the tokenizer"}
 
 
 def test_glasses_are_taken_away_and_judged(editor, monkeypatch):

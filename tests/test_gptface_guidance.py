@@ -193,7 +193,7 @@ def test_scope_names():
     assert {name.split(".")[1] for name in scope_names(model, Guidance(scope="last_k", last=1)) if name.startswith("blocks")} == {"2"}
 
 
-@pytest.mark.parametrize("values", [{"kind": "clip"}, {"update": "sgd"}, {"scope": "some"}, {"strength": -0.1}, {"every": 0}, {"last": 0}, {"fuse": 1.5}])
+@pytest.mark.parametrize("values", [{"kind": "clip"}, {"update": "sgd"}, {"scope": "some"}, {"strength": -0.1}, {"every": 0}, {"last": 0}, {"fuse": 1.5}, {"strength": float("nan")}, {"strength": float("inf")}, {"scale": float("nan")}, {"scale": -3.0}, {"fuse": float("nan")}, {"every": 1.5}, {"strength": "0.1"}])
 def test_bad_guidance(values):
     with pytest.raises(InputError):
         Guidance(**values)

@@ -120,6 +120,12 @@ def test_special_tokens_and_padding_are_never_hidden():
         assert hidden[2, layout.first_text :].sum() == 0 and hidden[0, layout.first_text :].sum() == text_count(8, 0.9)
 
 
+def test_no_share_hides_no_piece():
+    vocab, layout, seq = pairs()
+    hidden = draw_hidden(layout, seq, Masking(text_ratio=0.0), 0, np.random.default_rng(0), vocab.starts_word)
+    assert text_count(5, 0.0) == 0 and not hidden[:, layout.first_text :].any() and hidden[:, layout.image].any()
+
+
 def test_shares_of_kinds():
     vocab, layout, seq = pairs()
     kind = lambda **how: [label(draw_hidden(layout, seq, Masking(**how), 4 * 10**5, np.random.default_rng(k))[:, layout.image][0].reshape(4, 5).numpy())[1] for k in range(60)]

@@ -1,4 +1,4 @@
-"Git hooks that `make setup` leaves: a merge works with and without the virtual environment."
+"The shell's part: the git hooks that `make setup` leaves (a merge works with and without the virtual environment), and which bases `make bases` makes."
 
 import os
 import shutil
@@ -97,3 +97,22 @@ def test_a_hook_of_ones_own_is_left_alone(repo):
     (repo / ".git" / "hooks" / "post-merge").write_text("#!/bin/sh\necho mine\n")
     assert call(repo, "sh", "lab.sh", "setup").returncode == 0
     assert "mine" in (repo / ".git" / "hooks" / "post-merge").read_text()
+
+
+@pytest.mark.parametrize("profile, words, base, made", [
+    ("smoke", "", "b", ["smoke bases b"]), ("smoke", "", "", ["smoke bases a b"]), ("smoke", "a", "b", ["smoke bases a"]), ("mini", "", "b", ["dvc b"]), ("mini", "", "", ["dvc a", "dvc b"]), ("mini", "a", "b", ["dvc a"]), ("mini", "own", "", ["base own"]),
+])  # fmt: skip
+def test_which_bases_are_made(profile, words, base, made, tmp_path):
+    "`python` and `dvc` only say what they were asked for."
+    for name in ("a/mini.yaml", "b/mini.yaml", "own/paper.yaml"):
+        (tmp_path / "bases" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bases" / name).touch()
+    shutil.copy(ROOT / "bases" / "make.sh", tmp_path / "bases")
+    stubs = {"python": """shift; echo "${1#facelab.lab.}" "$(shift; echo "$@")" """, "dvc": """[ "$1" != repro ] || echo dvc "${3#*:}" """}
+    (tmp_path / "bin").mkdir()
+    for name, text in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PROFILE": profile} | ({"BASE": base} if base else {})
+    done = subprocess.run(["sh", "bases/make.sh", *words.split()], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and [line for line in done.stdout.splitlines() if "is made" not in line] == made, done.stderr

@@ -15,7 +15,7 @@ import scipy.io
 import scipy.sparse
 import torch
 from fixture_files import fixture
-from make_models import Chumpy, write_bfm2009, write_bfm2009_original, write_bfm2017, write_python2_pickle
+from make_models import Chumpy, few_of_ict, write_bfm2009, write_bfm2009_original, write_bfm2017, write_ict, write_python2_pickle
 
 from facelab.face.bfm import from_bfm2009, from_bfm2017
 from facelab.face.camera import Camera
@@ -294,20 +294,21 @@ def test_flame_smplx_landmark_files(tmp_path):
 # ICT-FaceKit: float64 from the file's own numbers; the file is in cm
 
 
-def test_ict_small_fixture():
-    "204 vertices that are in git: two random faces computed in float64 from the full file, and their 68 landmarks."
-    model = from_ict(fixture("ict/ict_landmarks.npz"))
-    data = arrays("ict/io.npz")
+def test_ict_layout(few_ict):
+    "Two random faces computed in float64 from the whole file, and their 68 landmarks."
+    model = from_ict(few_ict["path"])
+    data = {key: torch.as_tensor(value) for key, value in few_ict.items() if isinstance(value, np.ndarray)}
     verts = model.verts(data["identity_code"].float(), data["expression_code"].float())
     close(verts, 10 * data["vertices_cm_f64"], 1e-3)
     close(model.landmarks(verts), 10 * data["landmarks_cm_f64"], 1e-3)
-    assert model.dims == (100, 53, 0) and model.info["exp_names"][20:22] == [str(name) for name in np.load(fixture("ict/ict_landmarks.npz"))["expression_names"][20:22]]
+    assert model.dims == ((100, 53, 0) if few_ict["real"] else (80, 46, 0)) and model.info["exp_names"][20:22] == [str(name) for name in np.load(few_ict["path"])["expression_names"][20:22]]
     points = model.landmarks(model.verts())[0]
-    close((points[36] - points[45]).norm(), torch.tensor(89.2), 0.1)
-    few = from_ict(fixture("ict/ict_landmarks.npz"), num_shape=7, num_exp=3)
+    if few_ict["real"]:
+        close((points[36] - points[45]).norm(), torch.tensor(89.2), 0.1)
+    few = from_ict(few_ict["path"], num_shape=7, num_exp=3)
     assert few.dims == (7, 3, 0) and torch.equal(few.shape_basis, model.shape_basis[..., :7]) and len(few.info["exp_names"]) == 3
-    corner = model.mean[model.faces]
-    assert (torch.linalg.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])[:, 2] > 0).float().mean() > 0.8  # a face's triangles look to the viewer
+    corner = model.mean[model.faces[torch.isin(model.faces, model.landmarks68).any(1)]]
+    assert (torch.linalg.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])[:, 2] > 0).float().mean() > 0.8  # the triangles at the landmarks look to the viewer
 
 
 def test_ict_landmarks_and_a_random_face():
@@ -344,12 +345,14 @@ def test_ict_full_file_has_the_same_face():
     assert cropped.faces.shape == small.faces.shape and torch.equal(cropped.shape_basis, small.shape_basis)
 
 
-# Stand-ins: another head, written in the licensed files' layouts, through the real readers
-
-
 @pytest.fixture(scope="module")
-def ict() -> MorphableModel:  # the 204 vertices that are in git
-    return from_ict(fixture("ict/ict_landmarks.npz"))
+def own_head(tmp_path_factory) -> Path:  # a few hundred vertices of the lab's own head, in ICT-FaceKit's layout
+    folder = tmp_path_factory.mktemp("own")
+    few_of_ict(write_ict(MorphableModel.procedural(), folder / "whole.npz"), folder / "few.npz")
+    return folder / "few.npz"
+
+
+# Stand-ins: another head, written in the licensed files' layouts, through the real readers
 
 
 @pytest.fixture(scope="module")
@@ -357,18 +360,20 @@ def whole_ict() -> MorphableModel:
     return from_ict(fixture("ict/ict_face9409.npz"))
 
 
-def test_ict_through_the_bfm2017_reader(ict, tmp_path):
+def test_ict_through_the_bfm2017_reader(few_ict, tmp_path):
+    ict = from_ict(few_ict["path"])
     path = write_bfm2017(ict, tmp_path / "ict.h5", landmarks68=True)
     back = from_bfm2017(path, num_shape=None, num_exp=None, num_tex=None)
-    code = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
-    blend = torch.rand(2, 53, generator=torch.Generator().manual_seed(1))
+    code = torch.randn(2, ict.num_shape, generator=torch.Generator().manual_seed(0))
+    blend = torch.rand(2, ict.num_exp, generator=torch.Generator().manual_seed(1))
     close(back.verts(code, blend), ict.verts(code, blend), 2e-3)
     assert torch.equal(back.landmarks68, ict.landmarks68) and torch.equal(back.faces, ict.faces)
     assert back.info["named"]["center.nose.tip"] == int(ict.landmarks68[30])
 
 
-def test_ict_through_the_deep3d_reader(ict, tmp_path):
-    back = from_bfm2009(write_bfm2009(ict.keep_modes(80, 53), tmp_path / "ict.mat"))
+def test_ict_through_the_deep3d_reader(few_ict, tmp_path):
+    ict = from_ict(few_ict["path"])
+    back = from_bfm2009(write_bfm2009(ict.keep_modes(80), tmp_path / "ict.mat"))
     code = torch.randn(2, 80, generator=torch.Generator().manual_seed(0))
     close(back.verts(code), ict.verts(code), 2e-3)
     close(back.albedo(), ict.albedo(), 1e-6)
@@ -421,6 +426,55 @@ def test_bfm17_of_another_version_or_unit(change, said, tmp_path):
     assert said in str(caught.value), caught.value
 
 
+@pytest.mark.parametrize("name, value, said", [
+    ("metadata", np.zeros(3), "metadata"), ("metadata/landmarks", np.zeros(3), "metadata"), ("metadata/landmarks68", "text", "landmarks68"), ("metadata/landmarks68", 5, "landmarks68"),
+    ("metadata/landmarks68", np.zeros((68, 2), int), "landmarks68"), ("metadata/landmarks68", np.full(68, 224), "landmarks68"), ("metadata/landmarks/json", np.zeros(0, "S1"), "JSON"), ("shape", np.zeros(3), "shape/model/mean"),
+])  # fmt: skip
+def test_bfm17_with_other_things_in_place(name, value, said, tmp_path):
+    path = tmp_path / "a.h5"
+    shutil.copyfile(fixture("bfm17/model2017_synthetic.h5"), path)
+    with h5py.File(path, "r+") as file:
+        if name in file:
+            del file[name]
+        file[name] = value
+    with pytest.raises(InputError, match=said):
+        from_bfm2017(path)
+
+
+@pytest.mark.parametrize("given", [["a"] * 68, np.zeros((68, 2), int), 5, [0.5] * 68, [224] * 68, [-1] * 68, [0] * 67])
+def test_landmarks_of_the_caller(given):
+    with pytest.raises(InputError, match="landmarks68"):
+        from_bfm2017(fixture("bfm17/model2017_synthetic.h5"), landmarks68=given)
+
+
+@pytest.mark.parametrize("count", [-1, 2.0, "2", True])
+def test_how_many_modes(count, own_head):
+    for read, path in ((from_bfm2017, fixture("bfm17/model2017_synthetic.h5")), (from_ict, own_head)):
+        with pytest.raises(InputError, match="num_shape"):
+            read(path, num_shape=count)
+    with pytest.raises(InputError, match="num_tex"):
+        from_bfm2009(fixture("bfm09/BFM_model_front.mat"), num_tex=count)
+    with pytest.raises(InputError, match="num_exp"):
+        MorphableModel.procedural().keep_modes(num_exp=count)
+    assert from_ict(own_head, num_shape=0).dims[0] == 0
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"uv": lambda x: np.array(0.5)}, "uv"), ({"uv": lambda x: np.array(["a", "b"])}, "uv"), ({"uv": lambda x: np.where(np.arange(len(x))[:, None] == 3, np.nan, x)}, "uv"), ({"uv": lambda x: np.c_[x, x[:, 0]]}, "uv"),
+    ({"uv": None}, "triangles_uv"), ({"triangles": lambda x: x[:0], "triangles_uv": lambda x: x[:0]}, "triangles"), ({"triangles_uv": lambda x: x[:0]}, "triangles_uv"), ({"triangles_uv": lambda x: x.astype(str)}, "triangles_uv"),
+    ({"triangles_uv": lambda x: x[:-1]}, "triangles_uv"), ({"triangles_uv": lambda x: x + 10_000}, "triangles_uv"), ({"expression_names": lambda x: np.array("jaw_open")}, "expression_names"), ({"expression_names": lambda x: x[:-1]}, "expression_names"),
+    ({"region_names": lambda x: np.array("face"), "region_vertex_range": lambda x: np.zeros((1, 2), int)}, "region_names"), ({"region_names": lambda x: np.array(["face"]), "region_vertex_range": lambda x: np.array(["a"])}, "region_vertex_range"),
+    ({"mean": lambda x: x[:0], "identity": lambda x: x[:, :0], "expression": lambda x: x[:, :0]}, "mean"), ({"units": lambda x: np.array(["cm", "mm"])}, "units"), ({"landmarks68": lambda x: x + 0.5}, "landmarks68"),
+])  # fmt: skip
+def test_ict_with_other_things_in_place(change, said, own_head, tmp_path):
+    with np.load(own_head, allow_pickle=False) as file:
+        held = dict(file)
+    held |= {name: edit(held.get(name)) for name, edit in change.items() if edit is not None}
+    np.savez(tmp_path / "a.npz", **{name: value for name, value in held.items() if change.get(name, True) is not None})
+    with pytest.raises(InputError, match=said):
+        from_ict(tmp_path / "a.npz")
+
+
 def test_the_cropped_2017_file_serves_where_the_full_one_is_not(monkeypatch, tmp_path):
     from facelab.lab.assets import ASSETS
 
@@ -467,13 +521,13 @@ def test_carried_over_colours_and_regions(whole_ict):
 
 @pytest.mark.parametrize("read", [from_bfm2017, from_bfm2009, from_ict, from_flame])
 @pytest.mark.parametrize("kind", ["empty", "text", "cut", "other", "folder", "missing"])
-def test_bad_files_meet_one_error(read, kind, tmp_path):
+def test_bad_files_meet_one_error(read, kind, own_head, tmp_path):
     path = tmp_path / {from_bfm2017: "a.h5", from_bfm2009: "a.mat", from_ict: "a.npz", from_flame: "a.pkl"}[read]
-    good = {from_bfm2017: "bfm17/model2017_synthetic.h5", from_bfm2009: "bfm09/BFM_model_front.mat", from_ict: "ict/ict_landmarks.npz", from_flame: "flame/FLAME_NEUTRAL.npz"}[read]
+    good = {from_bfm2017: "bfm17/model2017_synthetic.h5", from_bfm2009: "bfm09/BFM_model_front.mat", from_flame: "flame/FLAME_NEUTRAL.npz"}
     if kind == "folder":
         path.mkdir()
     elif kind == "cut":
-        raw = fixture(good).read_bytes()
+        raw = (own_head if read is from_ict else fixture(good[read])).read_bytes()
         path.write_bytes(raw[: len(raw) // 2])
     elif kind == "other":
         path.write_bytes(fixture("flame/smplx_io.npz").read_bytes())
@@ -484,13 +538,13 @@ def test_bad_files_meet_one_error(read, kind, tmp_path):
     assert caught.value.came and caught.value.needed and caught.value.fix
 
 
-@pytest.mark.parametrize("read, name", [(from_bfm2017, "bfm17/model2017_synthetic.h5"), (from_bfm2009, "bfm09/BFM_model_front.mat"), (from_ict, "ict/ict_landmarks.npz"), (from_flame, "flame/FLAME_NEUTRAL.npz"), (from_flame, "pickle")])
-def test_damaged_files_give_one_error_or_a_sound_model(read, name, tmp_path):
+@pytest.mark.parametrize("read, name", [(from_bfm2017, "bfm17/model2017_synthetic.h5"), (from_bfm2009, "bfm09/BFM_model_front.mat"), (from_ict, "own_head.npz"), (from_flame, "flame/FLAME_NEUTRAL.npz"), (from_flame, "pickle")])
+def test_damaged_files_give_one_error_or_a_sound_model(read, name, own_head, tmp_path):
     "Cuts everywhere and flipped bytes: an InputError, or a model whose numbers are finite; never anything else."
     if name == "pickle":
         raw = write_python2_pickle({key: Chumpy(value) if key == "weights" else value for key, value in np.load(fixture("flame/FLAME_NEUTRAL.npz")).items() if value.dtype.kind in "fiu"}, tmp_path / "a.pkl").read_bytes()
     else:
-        raw = fixture(name).read_bytes()
+        raw = (own_head if read is from_ict else fixture(name)).read_bytes()
     path = tmp_path / f"damaged{'.pkl' if name == 'pickle' else Path(name).suffix}"
     draw, refused = np.random.default_rng(0), 0
     cuts = [raw[: int(len(raw) * part)] for part in (0.001, 0.01, 0.3, 0.7, 0.99)] + [raw[:-1]]

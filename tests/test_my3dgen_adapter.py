@@ -1,6 +1,8 @@
 "My3DGen's adapters: against its own code's numbers (facts/eg3d_my3dgen.md 2.1 and 3), in a batch row by row, merged and taken out, saved and refused."
 
+import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -223,6 +225,18 @@ def test_an_adapter_says_that_it_belongs_elsewhere(mini):
                 call()
 
 
+def test_changes_for_another_copy_are_no_changes_here(mini):
+    "The keys are layers: those of a copy are others, and would be looked up in vain."
+    ws, cams = views(mini, 2)
+    twin, adapter = copy.deepcopy(mini), person(mini, 3)
+    own, other = adapter.changes(twin), adapter.changes(mini)
+    assert gap(twin.synthesis(ws, cams, changes=own).image, mini.synthesis(ws, cams, changes=other).image) == 0
+    planes, mixed = twin.planes(ws), own | dict(list(other.items())[:1])
+    for call in (lambda: twin.synthesis(ws, cams, changes=other), lambda: twin.planes(ws, changes=other), lambda: twin.render(planes, ws, cams, changes=other), lambda: twin.planes(ws, changes=mixed), lambda: twin.planes(ws, changes=changes_of([None, adapter], mini))):
+        with pytest.raises(ShapeError, match="not this network's"):
+            call()
+
+
 # Files
 
 
@@ -261,7 +275,7 @@ def test_half_precision_is_close(mini, tmp_path):
     assert gap(mini.synthesis(ws, cams, changes=back.changes(mini)).image, mini.synthesis(ws, cams, changes=adapter.changes(mini)).image) < 0.02
 
 
-def test_bad_adapter_files(mini, tmp_path):
+def test_bad_adapter_files(mini, tmp_path, monkeypatch):
     save_adapter(tmp_path, person(mini, 8), mini)
     said, tensors = read_json(tmp_path / "adapter_config.json"), read_safetensors(tmp_path / "adapter_model.safetensors")
 
@@ -276,6 +290,17 @@ def test_bad_adapter_files(mini, tmp_path):
     assert "rank 3" in refused(said | {"config": said["config"] | {"rank": 3}})
     assert name in refused(weights={key: value for key, value in tensors.items() if key != name})
     assert "finite" in refused(weights=tensors | {name: torch.full_like(tensors[name], torch.nan)})
+    for name_, values in {"rank": (1.5, 0, 10_000_000, 10**30, True, "1", None), "alpha": ("x", None, True, [1.0], 10**400), "places": ([1], [], "backbone.conv", None, 3, {"backbone.conv": 1}), "extras": ("no", 0, None), "shapes": (None, 3, ["my3dgen"])}.items():
+        for value in values:
+            assert "AdapterConfig" in refused(said | {"config": said["config"] | {name_: value}}), (name_, value)
+    for alpha in (math.nan, math.inf):
+        with pytest.raises(InputError, match="alpha"):
+            AdapterConfig(alpha=alpha)
+    held = sum(value.numel() for value in tensors.values())
+    with monkeypatch.context() as patched:  # a rank that the file has no numbers for is refused before any memory is asked for
+        made, register = [], torch.nn.Module.register_parameter
+        patched.setattr(torch.nn.Module, "register_parameter", lambda self, name, value: made.append(0 if value is None or value.is_meta else value.numel()) or register(self, name, value))
+        assert "rank 32000" in refused(said | {"config": said["config"] | {"rank": 32_000}}) and sum(made) < held
     assert "colour" in refused(said | {"config": said["config"] | {"colour": 3}})
     assert "kind" in refused({"peft_type": "LORA", "r": 8})
     write_json(tmp_path / "adapter_config.json", said)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from facelab.lab.arrays import read_safetensors, write_safetensors
-from facelab.lab.errors import InputError, ShapeError
+from facelab.lab.errors import AssetError, InputError, ShapeError
 from facelab.lab.files import read_json, write_json
 from facelab.my3dgen.adapter import Adapter, AdapterConfig, base_hash
 from facelab.my3dgen.alpha_space import AlphaStyles, beyond, mix, project_weights, sample_weights
-from facelab.my3dgen.applications import between_cams, edit, interpolate, invert_alpha, sample, yaw_cams
+from facelab.my3dgen.applications import between_cams, edit, interpolate, invert_alpha, novel_views, reel, sample, yaw_cams
 from facelab.my3dgen.directions import Direction, code_score, fit_boundary, move, train_direction, within
 from facelab.my3dgen.likeness import depth_error, psnr, smoothness, ssim
 from facelab.my3dgen.personalize import PersonalConfig, PersonalPrior, render_views
@@ -209,6 +209,11 @@ def test_nan_in_a_latent(toy, prior):
         invert(toy, torch.zeros(0, 3, 32, 32), prior.cams[:0], QUICK.inversion)
     with pytest.raises(ShapeError):
         move(broken, Direction("x", torch.eye(16)[0], 0.0, 1.0, 1.0), 1.0)
+    planes, fresh = toy.planes(prior.anchors), Generator(TOY)  # as it is made: in training mode
+    with torch.no_grad():
+        for call in (lambda: toy.render(planes, broken, prior.cams), lambda: fresh.synthesis(broken, prior.cams), lambda: fresh.render(fresh.planes(prior.anchors), broken, prior.cams)):
+            with pytest.raises(ShapeError, match="finite"):
+                call()
 
 
 def test_strangers():
@@ -249,6 +254,38 @@ def test_applications(toy, prior):
     way = between_cams(prior.cams[0], prior.cams[2], torch.linspace(0, 1, 5))
     turns = way[:, :16].view(-1, 4, 4)[:, :3, :3]
     assert torch.allclose(turns @ turns.mT, torch.eye(3).expand(5, 3, 3), atol=1e-5)
+
+
+def test_what_applications_refuse(tmp_path, monkeypatch, toy, prior):
+    flat, frames = Direction("x", torch.eye(16)[0], 0.0, 1.0, 1.0), prior.render(prior.anchors, prior.cams).image
+    together = edit(prior, prior.anchors, flat, [0.5], prior.cams)[0]  # as many cameras as styles
+    for k in range(3):
+        assert torch.allclose(together[k : k + 1], edit(prior, prior.anchors[k : k + 1], flat, [0.5], prior.cams[k : k + 1], inside=True)[0], atol=1e-4)
+    assert edit(prior, prior.anchors[:1], flat, [0.5], prior.cams)[0].shape == (3, 3, 32, 32)
+    for call in (
+        lambda: edit(prior, prior.anchors, flat, [0.5], prior.cams[:2]), lambda: novel_views(prior, prior.anchors[:1], []), lambda: prior.render(prior.anchors, prior.cams, 0), lambda: prior.render(prior.anchors, prior.cams, -1),
+        lambda: reel(tmp_path / "a.avi", frames), lambda: reel(tmp_path / "a.gif", frames[:0]),
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            call()
+    assert reel(tmp_path / "a.gif", frames).read_bytes()[:6] == b"GIF89a"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "imageio_ffmpeg", None)  # as where it is not installed
+        with pytest.raises(AssetError, match=r"facelab\[video\]"):
+            reel(tmp_path / "a.mp4", frames)
+    assert not (tmp_path / "a.mp4").exists() and not (tmp_path / "a.avi").exists()
+
+
+@pytest.mark.parametrize("wrong", ["eight bits", "0..255", "too small", "one channel", "not finite", "too few cameras"])
+def test_photos_of_another_kind(toy, prior, album, wrong):
+    photos, cams = ((album.images.clamp(-1, 1) + 1) * 127.5).round(), album.cams
+    fine = photos / 127.5 - 1
+    bad = {"eight bits": photos.byte(), "0..255": photos, "too small": fine[..., :16, :16], "one channel": fine[:, :1], "not finite": fine / 0, "too few cameras": fine}[wrong]
+    cams = cams[:2] if wrong == "too few cameras" else cams
+    for call in (lambda photos: invert(toy, photos, cams, QUICK.inversion), lambda photos: invert_alpha(prior, photos, cams, QUICK.inversion), lambda photos: tune(copy.deepcopy(toy), photos, cams, prior.anchors, QUICK.tuning, None)):
+        with pytest.raises(ShapeError, match="photos"):
+            call(bad)
+    assert len(invert(toy, fine[:1], album.cams[:1], replace(QUICK.inversion, steps=1)).styles) == 1
 
 
 def test_measures_by_hand():

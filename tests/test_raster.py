@@ -304,3 +304,14 @@ def test_the_path_of_other_devices(monkeypatch):
     monkeypatch.setattr(module, "_compiled", lambda *tensors: False)
     for ours, plain in zip(compiled, everything()):
         assert (ours - plain).norm() <= 2e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("how", [{}, {"perspective_correct": True}, {"z_clip": 1.5}, {"faces_per_pixel": 3, "blur_radius": 1e-3}], ids=["hard", "perspective", "clipped", "soft"])
+def test_distances_that_nobody_asks_for_change_nothing_else(how):
+    gen = torch.Generator().manual_seed(5)
+    verts = torch.cat([torch.rand(2, 30, 2, generator=gen) * 2 - 1, 1 + torch.rand(2, 30, 1, generator=gen)], -1).requires_grad_()
+    faces = torch.arange(30).view(10, 3)
+    seen, bare = rasterize(verts, faces, 24, **how), rasterize(verts, faces, 24, distances=False, **how)
+    assert all(torch.equal(a, b) for a, b in zip(seen[:3], bare[:3])) and bare.dists.shape == seen.dists.shape
+    assert torch.equal(bare.dists, seen.dists) if "blur_radius" in how else bool(bare.dists.isnan().all() and seen.dists.isfinite().all())
+    assert torch.equal(*(torch.autograd.grad(one.zbuf.sum() + one.bary.square().sum(), verts)[0] for one in (seen, bare)))

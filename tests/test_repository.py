@@ -14,11 +14,12 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from fixture_files import PLACES
 
 from facelab.lab.check import out_of_sync
 from facelab.lab.files import read_yaml
 from facelab.lab.inputs import input_hash
-from facelab.lab.profile import PROFILES, profile_values, stages
+from facelab.lab.profile import PROFILES, check_values, parameters_cell, profile_values, stages
 from facelab.lab.record import rounded
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,7 @@ def test_stage_has_one_parameters_cell_with_the_profiles_keys(stage):
         values = profile_values(stage, profile, ROOT)
         assert set(values) == names, f"profiles/{profile}/{stage}.yaml and the parameters cell differ"
         assert values["profile"] == profile
+        check_values(stages(ROOT)[stage], values, parameters_cell(notebook))
     assert set(stages(ROOT)[stage].cost) == set(PROFILES), "meta.cost states what each profile takes"
 
 
@@ -245,11 +247,36 @@ def test_modules_know_every_name_they_use():
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-2000:]
 
 
+MAIN_NAMES = """
+import sys
+from facelab import {paper}
+assert not any(name.startswith(("torch", "transformers")) for name in sys.modules), "importing a paper's package must cost nothing"
+assert getattr({paper}, {name!r}).__name__ == {name!r} and {name!r} in {paper}.__all__
+try: {paper}.nothing
+except AttributeError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize(("paper", "name"), [("facegpt", "FaceGPT"), ("gptface", "FaceEditor"), ("synthforge", "load_parser"), ("my3dgen", "PersonalPrior")])
+def test_the_main_name_of_each_paper_is_at_the_top(paper, name):
+    "`from facelab.facegpt import FaceGPT`, and nothing is imported before somebody asks for it."
+    done = subprocess.run([sys.executable, "-c", MAIN_NAMES.format(paper=paper, name=name)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, "no attribute 'nothing'" in done.stdout) == (0, True), done.stdout + done.stderr[-2000:]
+
+
 def test_embedded_data_is_what_git_pins():
     if not (ROOT / "data.dvc").exists():
         pytest.skip("no data.dvc yet")
     done = subprocess.run(["dvc", "status", "--json", "data.dvc"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout) == {}, "data/ is not what data.dvc pins: rm -rf data; dvc pull data.dvc"
+
+
+def test_a_fixture_that_a_test_names_is_in_its_folder():
+    "A test whose file is nowhere skips everywhere, and nobody sees it; a folder that is not here at all cannot be looked into."
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py")))
+    folders = {folder.name for place in PLACES if place.is_dir() for folder in place.iterdir() if folder.is_dir()}
+    named = {name for name in re.findall(r'"(\w+/[\w.]+)"', texts) if name.split("/")[0] in folders and "." in name}
+    assert len(named) >= 15 and sorted(name for name in named if not any((place / name).exists() for place in PLACES)) == []
 
 
 def test_reference_numbers_are_keyed_once():

@@ -78,6 +78,18 @@ def test_the_same_seed_is_the_same_crop_and_another_is_not(face):
     assert not np.array_equal(one.image, three.image)
 
 
+def test_a_cover_is_labelled_where_that_is_asked():
+    "By default labels stay those of what is behind; with a class the box, and nothing else, gets it, and one colour; the draws are the same."
+    face = AnnotatedFace("face", np.full((96, 96, 3), 200, np.uint8), np.full((96, 96), 3, np.uint8), landmarks_2d=np.random.default_rng(0).uniform(20, 76, (68, 2)).astype(np.float32))
+    config = replace(CODE_TRAIN, **QUIET | {"cover": 1.0}, size=64, flip=0.0)
+    behind, front, bare = (augment_face(face, one, np.random.default_rng(3)) for one in (config, replace(config, cover_class=0), replace(config, cover=0.0)))
+    assert np.array_equal(behind.labels, bare.labels) and np.array_equal(front.landmarks_2d, bare.landmarks_2d)
+    box = (behind.image != bare.image).any(2)
+    assert box.sum() > 20 and not behind.image[box].any() and (front.labels[box] == 0).all() and np.array_equal(front.labels[~box], bare.labels[~box])
+    assert len(np.unique(front.image[box], axis=0)) == 1 and np.array_equal(front.image[~box], bare.image[~box])
+    assert (face.labels == 3).all() and augment_face(replace(face, labels=None), replace(config, cover_class=0), np.random.default_rng(3)).labels is None
+
+
 def test_switching_one_change_off_leaves_the_others(face):
     rng = lambda: item_rng(3, 1)
     config = replace(CODE_TRAIN, size=64, cover=1.0)

@@ -11,11 +11,13 @@ import tarfile
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from facelab.data.celebamask_hq import read_celebamask_hq
 from facelab.data.label_sets import label_set, remap_table
 from facelab.data.w300 import read_w300
 from facelab.face.align import FLIP68
@@ -342,6 +344,23 @@ def test_layouts_from_shards(whole, tmp_path):
     assert write_layout(faces.items(), tmp_path / "c", SetLayout("celebamask", ids=(1, 2, 3, 0), names=names, mask_side=48)) == 22
     hair = read_image(tmp_path / "c/CelebAMask-HQ-mask-anno/0/00009_hair.png", "L")
     assert hair.shape == (48, 48) and np.array_equal(hair[::2, ::2] > 0, face_of(10).labels == 1)
+
+
+def test_celebamask_layout_is_opened_by_its_split(whole, tmp_path):
+    "The lists that the reader takes the split from are written too; numbers that were left out are not in them."
+    faces, names = list(read_shards(whole).items())[:5], ("background", "skin", "hair", "nose")
+    faces[2], left = replace(faces[2], labels=None), Skipped()
+    write_layout(faces, tmp_path / "c", SetLayout("celebamask", "test", ids=(1, 2, 3, 0), names=names, mask_side=0), left)
+    opened = read_celebamask_hq(tmp_path / "c", "readme")
+    test = list(opened.split("test").items())
+    assert len(left) == 1 and len(test) == 4 and [item.original for item in test] == ["000001.jpg", "000002.jpg", "000004.jpg", "000005.jpg"]
+    classes = np.array([opened.classes.id_of(name) for name in ("skin", "hair", "nose", "skin")])
+    for item, face in zip(test, (faces[k] for k in (0, 1, 3, 4)), strict=True):
+        assert np.array_equal(item.labels[face.labels < 3], classes[face.labels][face.labels < 3]) and not item.labels[face.labels == 3].any()
+    with pytest.raises(InputError, match="train, val or test"):
+        opened.split("train")
+    with pytest.raises(InputError, match="one folder"):
+        SetLayout("celebamask", "faces", ids=(1, 2, 3, 0), names=names)
 
 
 def test_coco_is_consistent(whole, tmp_path):

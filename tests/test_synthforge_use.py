@@ -1,5 +1,6 @@
 "What a user brings and takes: predictors by name, crops by name, a parser of two translators, copies of 300-W with mirrored files, loaders and devices."
 
+import json
 import shutil
 import sys
 import types
@@ -8,23 +9,26 @@ import numpy as np
 import pytest
 import torch
 
+import facelab.lab.run as lab_run
 from facelab.lab.parallel import local_device
 from facelab.data.w300 import extra_w300, read_w300, write_pts
 from facelab.lab.errors import InputError, Skipped
 from facelab.lab.images import write_image
 from facelab.lab.profile import profile_values
-from facelab.lab.run import Job
+from facelab.lab.paths import root
+from facelab.lab.run import Job, main
 from facelab.nets.hourglass import HourglassConfig, heat_place
-from facelab.synthforge import learn
+from facelab.synthforge import learn, synth_data
 from facelab.synthforge.annotated import AnnotatedFace
 from facelab.synthforge.evaluate import WHOLE, Scoring, evaluate
+from facelab.synthforge.generate import SynthSpec, generate_faces
 from facelab.synthforge.learn import stages_of
 from facelab.synthforge.model import BackboneConfig, FineTuned, LabelConfig, SyntheticBackbone
-from facelab.synthforge.parse_tables import crop_of, named_method, run_eval
-from facelab.synthforge.predictor import Prediction
-from facelab.synthforge.real_sets import RealRecipe, RealSet, write_real_sets
-from facelab.synthforge.shard_set import ShardSet
-from facelab.synthforge.use import TrainedParser, read_net, save_net, trained_parser, with_landmarks
+from facelab.synthforge.parse_tables import ParseMethod, crop_of, evaluated, named_method, open_methods, paired_rows, run_eval, scored_rows
+from facelab.synthforge.predictor import FunctionPredictor, Prediction
+from facelab.synthforge.real_sets import KINDS, RealRecipe, RealSet, write_real_sets
+from facelab.synthforge.shard_set import ShardSet, read_shards
+from facelab.synthforge.use import TrainedParser, load_parser, read_net, save_net, trained_parser, with_landmarks
 
 TINY = BackboneConfig(32, 4, 2, 20, HourglassConfig(cin=4, halvings=1, channels=8, levels=2, grid="centres"))
 
@@ -93,6 +97,116 @@ def test_any_predictor_by_name(mine, sets):
     values = {**profile_values("synthforge-eval", "smoke"), **{name: str(sets / folder) for name, folder in (("w300", "300w"), ("lapa", "lapa"), ("celebamask", "celebamask"))}}
     outcome = run_eval(Job("synthforge-eval", "smoke", {**values, "trained": "nowhere", "shards": "nowhere", "predictor": "mine:ours"}))
     assert {row.method for row in outcome.rows} == {"ours"} and {row.table for row in outcome.rows} == {"Table 1", "Table 2", "Table 3"} and not outcome.figures
+
+
+def test_what_gives_a_predictor_is_called_for_one(mine, sets, tmp_path, monkeypatch):
+    "`facelab.synthforge:load_parser` takes no picture: it is called without arguments; so are a function that gives a detector, and one that gives nothing of use is refused."
+    save_net(tmp_path / "net.safetensors", trained(("seg", "kps"), 19), "celebamask_farl")
+    parser = load_parser(tmp_path / "net.safetensors")
+    monkeypatch.setattr("facelab.synthforge.use.load_parser", lambda name="": parser)
+    for one in (RealSet("300w", str(sets / "300w")), RealSet("lapa", str(sets / "lapa")), RealSet("celebamask", str(sets / "celebamask"), "readme")):
+        method = named_method("facelab.synthforge:load_parser", one)
+        assert method.predictor is parser and (method.ids is None) == (one.kind == "300w")
+        assert len(evaluated(method, one).failed) == 0
+    mine.detector, mine.nothing = (lambda: types.SimpleNamespace(name="marks", size=16, room=1.6, landmarks=lambda images: torch.full((len(images), 68, 2), 8.0))), lambda: 3
+    assert named_method("mine:detector", RealSet("300w", str(sets / "300w"))).predictor([np.zeros((16, 16, 3), np.uint8)])[0].landmarks_2d.shape == (68, 2)
+    with pytest.raises(InputError, match="LandmarkDetector"):
+        named_method("mine:nothing", RealSet("lapa", str(sets / "lapa")))
+
+
+def test_sets_that_are_not_given_are_said_and_named_ones_have_to_be_there(mine, sets, monkeypatch, capsys):
+    "A default root where nothing is: not run, with the reason. A root by hand where nothing is: an error, before anything is scored."
+    usual = {**profile_values("synthforge-eval", "paper"), "device": "cpu", "predictor": "mine:ours"}
+    outcome = run_eval(Job("synthforge-eval", "paper", {**usual, "w300": str(sets / "300w")}))
+    assert {row.table for row in outcome.rows} == {"Table 1"} and "asset:lapa" in outcome.not_run["LaPa"] and "--set celebamask=" in outcome.not_run["CelebAMask-HQ, merged as farl"]
+    hq = run_eval(Job("synthforge-eval", "paper", {**usual, "celebamask": str(sets / "celebamask")}))  # CelebA's folder by default is not there either
+    assert {row.table for row in hq.rows} == {"Table 3"} and set(hq.not_run) >= {"300-W", "LaPa"}
+    asked = []
+    monkeypatch.setattr(mine.Ours, "__call__", lambda self, pictures: asked.append(1))
+    for wrong, error in (({"w300": str(sets / "300w"), "celebamask": "/nowhere/at/all"}, "nothing there"), ({"lapa": str(sets / "300w"), "w300": str(sets / "300w")}, "no pictures with labels"), ({}, "no set")):
+        with pytest.raises(InputError, match=error):
+            run_eval(Job("synthforge-eval", "paper", {**usual, **wrong}))
+    assert not asked
+    assert main(["synthforge_eval", "--profile", "paper", "--set", "device=cpu", "--set", "predictor=mine:ours"]) == 2 and "no set" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["synthforge_eval", "--profile", "paper", "--set", f"w300={sets / '300w'}", "--set", "predictor=mine:ours"]) == 2 and "no GPU" in capsys.readouterr().err
+
+
+def test_the_command_of_the_page_works_as_typed(mine, sets, tmp_path, capsys):
+    "Of the page of the stage and of the component's: with a folder, a predictor, no GPU and nothing else."
+    for page in ("nbs/experiments/synthforge/30_eval.ipynb", "nbs/synthforge/76_parse_tables.ipynb"):
+        text = "\n".join(cell["source"] for cell in json.loads((root() / page).read_text())["cells"])
+        words = next(line for line in text.splitlines() if line.startswith("    python -m facelab.lab.run")).split()[3:]
+        assert words[0] == "synthforge_eval" and "predictor=facelab.synthforge:load_parser" in words
+    words = [{"w300=/data/300W": f"w300={sets / '300w'}", "predictor=facelab.synthforge:load_parser": "predictor=mine:ours"}.get(word, word) for word in words]
+    assert main([*words, "--out", str(tmp_path)]) == 0 and "NME full" in capsys.readouterr().out
+
+
+def test_intervals_draw_people_on_all_three_sets(tmp_path):
+    "Four photos of two people: in each set's names or lists."
+    write_real_sets(tmp_path, RealRecipe(seed=79, people=(0, 0, 2), photos=2, pixels=48, mask_side=48), 1)
+    for kind in KINDS:
+        one = RealSet(kind, str(tmp_path / kind), "farl" if kind == "celebamask" else "")
+        people = one.people([item.name for item in one.items("test")])
+        assert len(people) == 4 and len(set(people)) == 2, (kind, people)
+        asked = iter(range(100))
+
+        def half(picture):  # right on every other picture
+            return Prediction(labels=np.full(picture.shape[:2], 1 + next(asked) // 2 % 2, np.uint8), landmarks_2d=np.full((68, 2), 20.0 + next(asked)))
+
+        found = evaluated(ParseMethod("half", FunctionPredictor("half", half)), one)
+        if kind == "300w":
+            errors = {who: np.mean([e for e, w in zip(found.errors, people) if w == who]) for who in people}
+            row = next(row for row in scored_rows(found, one) if row.metric == "NME full")
+            assert (row.low, row.high) == pytest.approx((min(errors.values()), max(errors.values())), rel=1e-4)  # one of two people twice: a quarter of the draws
+        apart = paired_rows(found, found, one)
+        assert apart and all(row.value == row.low == row.high == 0 for row in apart)
+
+
+def test_names_of_the_networks_in_tables(tmp_path, sets):
+    "Of several parts the tenth is the paper's RS; Next3D's backbone has its own name."
+    torch.manual_seed(0)
+    for stem in ("sb", "rs3", "rs10", "next3d"):
+        save_net(tmp_path / f"{stem}.safetensors", SyntheticBackbone(TINY), "synthforge")
+    for stem in ("sb-lapa", "next3d-lapa-f", "rs10-lapa"):
+        save_net(tmp_path / f"{stem}.safetensors", trained(("seg",), 11, stem.endswith("-f")), "lapa")
+    found = [method.name for method in open_methods(str(tmp_path), RealSet("lapa", str(sets / "lapa")), [0.1, 0.03])]
+    assert found == ["SB", "SB + LF", "SB (Next3D)", "SB (Next3D) + LF w/ f_s", "RS", "RS + LF", "RS 3 %"]
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    "Stages write here."
+    monkeypatch.setattr(lab_run, "build_dir", lambda *parts: (folder := tmp_path.joinpath("build", *parts)).mkdir(parents=True, exist_ok=True) or folder)
+    monkeypatch.setattr(lab_run, "home", lambda profile: ())
+    return tmp_path / "build"
+
+
+def test_a_guide_of_a_profile_moves_the_draws(scratch, tmp_path):
+    torch.manual_seed(0)
+    save_net(tmp_path / "sb.safetensors", SyntheticBackbone(TINY), "synthforge")
+    values = {**profile_values("synthforge-data", "smoke"), "generator": "facelab.synthforge.generate:grey_faces", "faces": 12, "each": 6, "size": 32, "people": "", "workers": 1, "next3d_faces": 0, "next3d_heads": 0}
+    drawn = {}
+    for guide in ("", str(tmp_path / "sb.safetensors")):
+        outcome = synth_data.run_data(Job("synthforge-data", "smoke", {**values, "guide": guide}))
+        data = read_shards(scratch / "checkpoints" / "synthforge-data" / "shards")
+        drawn[guide] = [face.facts["yaw"] for face in data.items()]
+        assert (data.plan.recipe["guide"] is not None) == bool(guide) == ("errs" in outcome.notes[0])
+    one, other = drawn.values()
+    assert one != other and 1 <= sum(a == b for a, b in zip(one, other)) < 12  # a share stays even
+    save_net(tmp_path / "more.safetensors", trained(("seg",), 11), "lapa")
+    with pytest.raises(InputError, match="backbone"):
+        synth_data.run_data(Job("synthforge-data", "smoke", {**values, "guide": str(tmp_path / "more.safetensors")}))
+
+
+def test_guided_draws_are_measured_against_even_ones(scratch, tmp_path):
+    "As many faces, as many steps, the same held-out ones."
+    generate_faces(SynthSpec(8, "world", "narrow", 64, 1, each=8), tmp_path / "shards", every=1e9)
+    save_net(scratch / "checkpoints" / "synthforge-train" / "sb.safetensors", SyntheticBackbone(TINY), "synthforge")
+    values = {**profile_values("synthforge-train", "smoke"), "shards": str(tmp_path / "shards"), "held_out": 3, "guided": 3, "guided_steps": 1, "workers": 1}
+    rows = learn.guided_rows(Job("synthforge-train", "smoke", values))
+    assert [row.method for row in rows] == ["even draws", "guided draws", "guided draws against even draws"] * 2 and {row.table for row in rows} == {"guided draws"}
+    assert rows[0].n == 3 and rows[2].value == pytest.approx(rows[1].value - rows[0].value) and rows[3].n >= 1 and "3 to learn from, 1 steps" in rows[0].data
 
 
 def test_crops_of_a_profile_keep_the_margin(sets):

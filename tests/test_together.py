@@ -1,17 +1,30 @@
 "Personal heads on Next3D: what the page does not show."
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from facelab.data.views import label_of, orbit_view
 from facelab.face.morphable import MorphableModel
+from facelab.gptface.edit import FaceEditor
+from facelab.gptface.model import GPTFaceConfig, build_gptface
+from facelab.gptface.tokens import Vocabulary
 from facelab.lab.arrays import write_safetensors
-from facelab.lab.errors import InputError
+from facelab.lab.errors import InputError, ShapeError
 from facelab.my3dgen.adapter import Adapter, AdapterConfig, changes_of, merged
 from facelab.my3dgen.personalize import PersonalPrior
+from facelab.nets.codec import VQGANConfig
 from facelab.nets.eg3d import Generator
+from facelab.nets.hourglass import HourglassConfig
+from facelab.nets.landmarks import LandmarkDetector
+from facelab.nets.parser import FaceParser
+from facelab.nets.vqgan import VQGAN
 from facelab.my3dgen.distillation import FACE64_EG3D
+from facelab.synthforge.model import BackboneConfig, FineTuned, LabelConfig, SyntheticBackbone
 from facelab.synthforge.next3d_distillation import FACE64_NEXT3D, start_next3d
+from facelab.synthforge.predictor import Predictor
+from facelab.synthforge.use import TrainedParser
 from facelab.together.personal_head import MOVED_PLACES, PersonalHead, head_meshes
 
 MODEL = MorphableModel.procedural()
@@ -46,6 +59,16 @@ def test_two_people_in_a_batch_are_each_themselves(net):
             assert (alone - both[k : k + 1]).abs().max() < 1e-4
         other = net.synthesis(styles[:1], CAM, meshes.pick(slice(1)), changes=people[1][0].changes(net)).image
     assert (other - both[:1]).abs().max() > 0.01
+
+
+def test_a_copy_takes_no_changes_of_the_original_and_no_broken_styles(net):
+    (adapter, style), twin = somebody(net, 4), copy.deepcopy(net)
+    mesh, broken = head_meshes(net, MODEL, torch.zeros(1, 80), torch.zeros(1, 64)), style.clone()
+    broken[0, -1, 0] = torch.nan  # of the texture
+    with pytest.raises(ShapeError, match="not this network's"):
+        twin.synthesis(style, CAM, mesh, changes=adapter.changes(net))
+    with pytest.raises(ShapeError, match="finite"):
+        net.planes(broken, mesh)
 
 
 def test_merged_is_the_same_head_and_comes_out_exactly(net):
@@ -84,3 +107,44 @@ def test_refused(net, tmp_path):
         PersonalHead.load(folder, net, MODEL)
     with pytest.raises(InputError):
         head.animate(torch.full((1, 64), float(np.nan)), CAM)
+
+
+@pytest.fixture
+def parser():
+    "SynthForge's parser with a network that calls what is bright one part, all else skin."
+    tiny = BackboneConfig(32, 4, 2, 20, HourglassConfig(cin=4, halvings=1, channels=8, levels=2, grid="centres"))
+    made = TrainedParser(FineTuned(SyntheticBackbone(tiny), LabelConfig(("seg", "kps"), 19, True, width=2)).eval(), "celebamask_farl")
+    made.bright = "hair"
+
+    def ask(images):
+        scores = torch.zeros(len(images), 19, 32, 32)
+        scores[:, made.classes.index(made.bright)] = 2.0 * (images.mean(1) > 0)
+        scores[:, made.classes.index("skin")] += 1
+        return made.net(images)._replace(seg=scores)
+
+    made.predictor.ask = ask
+    return made
+
+
+def test_gptfaces_editor_takes_synthforges_parser(parser):
+    "By its protocol: a region by name lies where the parser saw it, cut as the parser wants it; what it calls background inside a face is taken away."
+    assert all(isinstance(parser, kind) for kind in (FaceParser, LandmarkDetector, Predictor))
+    words = Vocabulary.learn(["a man with black hair"], 60)
+    torch.manual_seed(0)
+    codec = VQGAN(VQGANConfig(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=8, embed_dim=8, n_embed=24, groups=4)).eval()
+    editor = FaceEditor(codec, build_gptface(GPTFaceConfig(words.layout(24, 8, 8, 12), 2, 16, 2, 24)), words, parser=parser)
+    assert editor.parser is parser
+    angle = np.linspace(0, np.pi, 17)
+    points = np.concatenate([np.stack([95 - 40 * np.cos(angle), 70 + 45 * np.sin(angle)], 1), np.stack([np.linspace(60, 130, 51), np.full(51, 60.0)], 1)]).astype(np.float32)
+    photo, patch = np.full((150, 190, 3), 60, np.uint8), np.zeros((150, 190), bool)
+    patch[80:104, 80:110] = True
+    photo[patch] = 220
+    done = editor.edit(photo, "hair", "black hair", points, seed=1)
+    assert done.found == "parts" and (done.mask & patch).sum() > 0.95 * patch.sum() and done.mask.sum() < 2.2 * patch.sum()
+    assert np.array_equal(done.image[~done.mask], photo[~done.mask])
+    parser.bright = "background"
+    free = editor.remove_occlusion(photo, face=points, seed=1)
+    assert free.found == "occlusion" and (free.mask & patch).sum() > 0.9 * patch.sum() and free.mask.sum() < 2.2 * patch.sum()
+    parser.bright = "skin"
+    with pytest.raises(InputError, match="nothing in front"):
+        editor.remove_occlusion(photo, face=points)

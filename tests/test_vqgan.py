@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from facelab.gptface.vqgan_base import open_vqgan
 from facelab.gptface.vqgan_training import CodeKeeper, VQGANTraining, reconstruction, tend, train_vqgan
@@ -240,6 +241,52 @@ def test_perceptual_by_name(tmp_path, monkeypatch):
     assert not any(weight.requires_grad for weight in found.parameters()) and not found.train().training
 
 
+def alexnet_by_hand(state, x):
+    "Features of AlexNet's five ReLUs, from torchvision's numbers: what its page says, layer by layer."
+    x, maps = (x - torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), []
+    for number, stride, padding, pooled in ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False)):
+        x = F.max_pool2d(x, kernel_size=3, stride=2) if pooled else x
+        x = F.relu(F.conv2d(x, state[f"features.{number}.weight"], state[f"features.{number}.bias"], stride=stride, padding=padding))
+        maps.append(x.double().numpy())
+    return maps
+
+
+def test_lpips_with_alexnet(tmp_path, monkeypatch):
+    "Files as torchvision and LPIPS write them, random numbers in them; against a slow twin."
+    monkeypatch.setenv("FACELAB_ASSETS", str(tmp_path))
+    with pytest.raises(AssetError, match=r"alexnet-owt-7be5be79\.pth"):
+        open_perceptual("lpips_alex")
+    random = torch.Generator().manual_seed(0)
+    sides = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
+    vision = {f"features.{n}.weight": torch.randn(shape, generator=random) * (2 / (shape[1] * shape[2] ** 2)) ** 0.5 for n, shape in sides.items()} | {f"features.{n}.bias": 0.1 * torch.randn(shape[0], generator=random) for n, shape in sides.items()}
+    lins = {f"lin{k}.model.1.weight": torch.rand(1, shape[0], 1, 1, generator=random) for k, shape in enumerate(sides.values())}
+    (tmp_path / "lpips-alex").mkdir()
+    torch.save(vision | {"classifier.1.weight": torch.zeros(4, 9216)}, tmp_path / "lpips-alex" / "alexnet-owt-7be5be79.pth")
+    torch.save(dict(list(lins.items())[:4]), tmp_path / "lpips-alex" / "alex.pth")
+    with pytest.raises(InputError, match=r"lin4.*lpips-alex"):
+        open_perceptual("lpips_alex")
+    torch.save(lins, tmp_path / "lpips-alex" / "alex.pth")
+    net = open_perceptual("lpips_alex")
+    a, b = (torch.rand(2, 3, 67, 45, generator=random) * 2 - 1 for _ in range(2))
+    total = np.zeros(2)
+    for one, two, weight in zip(alexnet_by_hand(vision, a), alexnet_by_hand(vision, b), lins.values()):
+        one, two = (v / (np.sqrt((v**2).sum(1, keepdims=True)) + 1e-10) for v in (one, two))
+        total += (weight.double().numpy() * (one - two) ** 2).sum(1).mean((1, 2))
+    assert np.allclose(net(a, b).numpy(), total, rtol=1e-4) and net.name == "lpips_alex" and float(net(a, a).abs().max()) == 0
+    with pytest.raises(ShapeError, match="31 pixels"):
+        net(a[..., :30, :30], b[..., :30, :30])
+    assert torch.isfinite(net(a[..., :31, :31], b[..., :31, :31])).all()
+    with torch.no_grad():
+        for weight in net.net.parameters():
+            weight.neg_() if weight.ndim > 1 else weight.fill_(-9.0)  # features of 0
+    grey = torch.zeros(1, 3, 40, 40, requires_grad=True)
+    net(grey, b[:1, :, :40, :40]).sum().backward()
+    assert torch.isfinite(grey.grad).all()
+    with pytest.raises(InputError, match="lpips_alex has"):
+        torch.save({"lin0.model.1.weight": torch.zeros(1)}, tmp_path / "one.pth")
+        load_lpips(tmp_path / "one.pth", "lpips_alex")
+
+
 def test_lpips_in_a_training_checkpoint(tmp_path):
     known = LPIPS().state_dict()
     torch.save({"state_dict": {f"loss.perceptual_loss.{key}": value for key, value in known.items()} | {"encoder.conv_in.bias": torch.zeros(3)}}, tmp_path / "last.ckpt")
@@ -373,6 +420,11 @@ def test_base_on_people_it_has_never_seen():
 
 def test_a_missing_base_says_how_to_bring_it(monkeypatch, tmp_path):
     monkeypatch.setattr("facelab.lab.base.bases_dir", lambda: tmp_path)
+    (tmp_path / "vqgan").mkdir()
+    (tmp_path / "vqgan" / "mini.yaml").write_text("seed: 0\n")
+    with pytest.raises(InputError, match="It is not shipped; make bases BASE=vqgan makes it"):
+        open_vqgan()
+    (tmp_path / "vqgan" / "model.safetensors.dvc").write_text("outs: []\n")
     with pytest.raises(InputError, match=r"dvc pull bases/vqgan/model\.safetensors\.dvc"):
         open_vqgan()
 

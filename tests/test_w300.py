@@ -117,6 +117,23 @@ def test_folders_in_another_casing(root, change):
     assert {name: len(read_w300(root, name)) for name in SETS} == sizes and all(len(list(read_w300(root, name).items())) == n for name, n in sizes.items())
 
 
+@pytest.mark.parametrize("name", ["300W", "300w", "300-W"])
+def test_the_folder_above_is_opened(root, name):
+    "As LaPa and CelebAMask-HQ: 300W is unpacked into a folder of its own, and one names the one above."
+    above = root.parent / "up"
+    above.mkdir()
+    shutil.copytree(root, above / name)
+    for part in ("train", "full", "all"):
+        assert [item.name for item in read_w300(above, part).items()] == [item.name for item in read_w300(root, part).items()]
+    assert str(check_w300(above, every=1e9)) == str(check_w300(root, every=1e9))
+
+
+def test_names_of_ones_own(items, tmp_path):
+    write_w300(tmp_path / "own", items, lambda item: f"{item.identity:06d}_{item.photo_id}")
+    names = {item.name.rpartition("/")[2] for part in ("train", "full") for item in read_w300(tmp_path / "own", part).items()}
+    assert names == {f"{item.identity:06d}_{item.photo_id}" for item in items}
+
+
 @pytest.mark.parametrize("count", [67, 69, 29])
 def test_another_number_of_points_is_told_or_counted(root, count):
     path = root / "helen" / "trainset" / "image_000002.pts"

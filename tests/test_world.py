@@ -309,22 +309,6 @@ def test_lipstick_is_told_from_lips_and_most_neutral_mouths_are_shut():
     assert 0 < np.mean(jaw) < 0.03
 
 
-def test_a_photo_costs_little():
-    "About 30 ms of one core at 64 pixels on an idle machine; the bound leaves room for a busy one."
-    scenes = [sample_photo(sample_person(1, i), 0) for i in (2, 5, 9, 14)]
-    for scene in scenes:
-        photograph(scene, 64, 3)
-    best = []
-    for scene in scenes:
-        times = []
-        for _ in range(4):
-            began = time.process_time()
-            photograph(scene, 64, 3)
-            times.append(time.process_time() - began)
-        best.append(min(times))
-    assert np.mean(best) < 0.1, f"{np.mean(best) * 1e3:.0f} ms a photo"
-
-
 def test_no_notebook_path_in_module_files():
     "Two notebooks of one number were confusing once."
     numbers = [p.name.split("_")[0] for p in sorted((Path(__file__).parent.parent / "nbs" / "data").glob("*.ipynb"))]

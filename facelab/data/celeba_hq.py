@@ -17,7 +17,7 @@ import numpy as np
 
 from .attributes import ATTRIBUTES
 from .celeba import PARTITION, SPLITS, read_numbers
-from .reading import PhotoSet, because, reading_part
+from .reading import PhotoSet, because, folder_of, reading_part
 from .w300 import read_pts, write_pts
 from ..lab.errors import AssetError, InputError, Skipped
 from ..lab.files import atomic_write, read_text, safe_join
@@ -42,16 +42,16 @@ def find_pictures(
     root: Path,
 ) -> list[str]:  # paths below the root, by split and number
     "The pictures of a CelebA-HQ folder. Raises `AssetError` where there are none."
-    where = [f for f in FOLDERS if (root / f).is_dir()]
-    found = next((names for f in where if (names := [p for p in (root / f).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")])), [])
+    where = [folder for f in FOLDERS if (folder := root if f == "." else folder_of(root, f)) is not None and folder.is_dir()]
+    found = next((names for folder in where if (names := [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")])), [])
     if not found:
-        found = [p for part in PARTS for p in sorted((root / part).glob("**/*")) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+        found = [p for part in PARTS if (folder := folder_of(root, part)) is not None for p in sorted(folder.glob("**/*")) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     if not found:
         fix = "Get CelebAMask-HQ from github.com/switchablenorms/CelebAMask-HQ (non-commercial research), or make the embedded one with facelab.data.world."
-        raise AssetError(root, f"no pictures in {', '.join(where[:-1]) or 'it'}", f"{IMAGES}/, celeba_hq_256/ or train/ and val/", fix)
+        raise AssetError(root, f"no pictures in {', '.join(folder.name for folder in where[:-1]) or 'it'}", f"{IMAGES}/, celeba_hq_256/ or train/ and val/", fix)
     names = [p.relative_to(root).as_posix() for p in found]
     order = {part: k for k, part in enumerate(PARTS)}
-    return sorted(names, key=lambda name: (order.get(name.split("/")[0], 9), number_of(name).zfill(12), name))
+    return sorted(names, key=lambda name: (order.get(name.split("/")[0].lower(), 9), number_of(name).zfill(12), name))
 
 # %% ../../nbs/data/80_celeba_hq.ipynb #mapping
 TRAIN_END, VAL_END = 162770, 182637  # last file numbers of CelebA's train and val
@@ -204,12 +204,12 @@ def read_celeba_hq(
 ) -> CelebAHQ:
     "Open CelebA-HQ, or what `write_celeba_hq` wrote. Raises `AssetError` where it is not there, `InputError` where a list is wrong."
     root = Path(root)
-    root = root / "CelebAMask-HQ" if (root / "CelebAMask-HQ" / IMAGES).is_dir() else root
+    root = inner if (inner := folder_of(root, "CelebAMask-HQ")) is not None and folder_of(inner, IMAGES) is not None else root
     names = find_pictures(root)
     numbers = [number_of(name) for name in names]
     mapping = read_mapping(root / MAPPING) if (root / MAPPING).exists() else {}
     originals = [mapping.get(number, "") for number in numbers]
-    by_folder = [PARTS.get(name.split("/")[0]) for name in names]
+    by_folder = [PARTS.get(name.split("/")[0].lower()) for name in names]
     if any(by_folder):
         partition = np.array([SPLITS.index(part) for part in by_folder], np.int64)
     else:

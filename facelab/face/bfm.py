@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .morphable import MODELS, OWN_LANDMARKS, MorphableModel, check_size
+from .morphable import MODELS, OWN_LANDMARKS, MorphableModel, check_modes, check_size
 from ..lab.arrays import read_h5, read_mat, require
 from ..lab.assets import first_asset
 from ..lab.errors import InputError, ShapeError
@@ -47,8 +47,10 @@ def _landmarks(given, path, v: int, stored=None) -> tuple[Tensor | None, dict[st
 
         try: landmarks68 = [int(word) for word in read_text(landmarks68).split()]
         except ValueError as error: raise InputError(landmarks68, str(error), "68 whole numbers, one a line, counted from 0", "Correct the file.") from None
-    if len(landmarks68) != 68:
-        raise ShapeError("landmarks68", f"{len(landmarks68)} ids", "68, in iBUG's order", "Give one vertex id a landmark.")
+    ids = np.asarray(landmarks68)
+    if ids.shape != (68,):
+        raise ShapeError("landmarks68", f"{len(ids)} ids" if ids.ndim == 1 else f"shape {ids.shape}", "68, in iBUG's order", "Give one vertex id a landmark.")
+    require({"landmarks68": ids}, said, {"landmarks68": (68, int)})
     return _vertex_ids(landmarks68, path, "landmarks68", v, 0), {"landmarks68": said}
 
 # %% ../../nbs/face/38_bfm.ipynb #other-year
@@ -66,14 +68,14 @@ def named_landmarks(
     path: str | Path = "landmarks",  # for messages
 ) -> dict[str, int]:  # name -> nearest vertex
     "The landmarks that BFM 2017 stores by name and coordinates."
-    if isinstance(stored, (np.ndarray, np.void)):
-        stored = str(stored.flat[0]) if stored.dtype.kind in "OU" else stored.tobytes().decode("utf-8", "replace")
     try:
-        held = json.loads(stored.rstrip("\0"))
+        if isinstance(stored, (np.ndarray, np.void)):
+            stored = str(stored.flat[0]) if stored.dtype.kind in "OU" else stored.tobytes()
+        held = json.loads((stored.decode("utf-8", "replace") if isinstance(stored, bytes) else stored).rstrip("\0"))
         places = {str(one["id"]): np.array(one["coordinates"], np.float64) for one in held}
         if any(place.shape != (3,) or not np.isfinite(place).all() for place in places.values()):
             raise ValueError("coordinates that are not three numbers")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: metadata/landmarks/json", f"{type(error).__name__}: {error}", "a JSON list of {id, coordinates}", "Is the file damaged? Download it again.") from None
     return {name: int(((verts - place) ** 2).sum(1).argmin()) for name, place in places.items()}
 
@@ -86,6 +88,7 @@ def from_bfm2017(
     landmarks68: Sequence[int] | str | Path | None = None,  # vertex ids from 0, or a text file of them; None takes landmarks68.txt beside the file
 ) -> MorphableModel:
     "The Basel Face Model 2017 (Gerig et al. 2018). The file stays the user's: registration, academic use."
+    check_modes(num_shape=num_shape, num_exp=num_exp, num_tex=num_tex)
     path = first_asset(*MODELS["bfm2017"])[1] if path is None else path
     _refuse_other_year(path, b"MATLAB 5.0", "a MATLAB file, as BFM 2009 is", "BFM 2017's .h5", "from_bfm2009")
     tree = read_h5(path)
@@ -102,8 +105,13 @@ def from_bfm2017(
     check_size(mean, str(path))
     info = {"source": Path(path).name, "licence": "BFM 2017: academic, non-commercial; not to be passed on", "centroid": tuple(map(float, mean.mean(0)))}
     marks = tree.get("metadata", {})
-    if "json" in marks.get("landmarks", {}):
-        info["named"] = named_landmarks(marks["landmarks"]["json"], mean, path)
+    named = marks.get("landmarks", {}) if isinstance(marks, dict) else None
+    if not isinstance(named, dict):
+        raise InputError(f"{path}: metadata", "numbers or text in the place of a group", "the groups metadata and metadata/landmarks, or none", "Is the file damaged? Download it again.")
+    if "json" in named:
+        info["named"] = named_landmarks(named["json"], mean, path)
+    if "landmarks68" in marks:
+        require(marks, f"{path}: metadata", {"landmarks68": (68, int)})
     ids, said = _landmarks(landmarks68, path, v, marks.get("landmarks68"))
     return MorphableModel(
         "bfm2017", torch.from_numpy(mean.astype(np.float32)), basis["shape"], basis["expression"],
@@ -169,6 +177,7 @@ def from_bfm2009(
     landmarks68: Sequence[int] | str | Path | None = None,  # as for BFM 2017; Deep3D's file has its own
 ) -> MorphableModel:
     "The Basel Face Model 2009 (Paysan et al. 2009), in Deep3D's layout or the original one. The file stays the user's."
+    check_modes(num_shape=num_shape, num_tex=num_tex)
     path = first_asset(*MODELS["bfm2009"])[1] if path is None else path  # Deep3D's has expressions
     _refuse_other_year(path, b"\x89HDF", "an HDF5 file, as BFM 2017 is", "BFM 2009's .mat (MATLAB 5)", "from_bfm2017")
     try:

@@ -24,6 +24,7 @@ from .light import AMBIENT, sh_basis
 from .morphable import MorphableModel, combine
 from .objective import EQ5, Objective, face_loss, over
 from .render import Mesh, Rendering, render
+from .skin import skin_mask
 from ..lab.errors import InputError, ShapeError, Skipped
 from ..lab.precision import full_precision
 from ..lab.progress import Progress
@@ -283,8 +284,9 @@ def fit_batch(
     embed: Callable[[Tensor, Tensor], Tensor] | None,
     history: list[dict],  # gets a row an iteration
     bar: Progress,
+    start: FaceCode | None = None,  # where to begin
 ) -> FitResult:
-    "Pose, landmarks, light, then everything, coarse to fine, for one batch."
+    "Pose, landmarks, light (where no start is given), then everything, coarse to fine, for one batch."
 
     def note(stage: str):
         def write(terms):
@@ -293,7 +295,7 @@ def fit_batch(
 
         return write
 
-    code = fit_landmarks(model, landmarks_2d, width, config, note("landmarks"))
+    code = fit_landmarks(model, landmarks_2d, width, config, note("landmarks")) if start is None else start
     if images is None:
         camera, verts = code_camera(code.camera, config.focal), model.verts(code.shape, code.exp)
         found = camera.project(model.landmarks(verts), width)[0]
@@ -302,7 +304,7 @@ def fit_batch(
     for stage, (scale, steps) in enumerate(zip(config.scales, config.steps)):
         size = max(8, round(scale * width))
         small = [x if x is None or size == width else F.interpolate(x, (size, size), mode="area") for x in (images, skin)]
-        if stage == 0:
+        if stage == 0 and start is None:
             code = fit_light(model, code, *small, config.focal)
         see_who = embed if size == width else None
         code = photo_stage(model, code, small[0], landmarks_2d * (size / width), small[1], steps, config, see_who, note(f"photo {size} px"))
@@ -352,9 +354,10 @@ def fit(
     config: FitConfig = FitConfig(),  # noqa: B008
     *,
     width: int | None = None,  # of the pictures, pixels; needed only without images
-    skin: Float[Tensor, "n 1 h w"] | None = None,  # mask A of Eq. 2: `facelab.face.skin.skin_mask(images)`; None: every covered pixel
+    skin: Float[Tensor, "n 1 h w"] | str | None = "found",  # mask A of Eq. 2; "found": `facelab.face.skin.skin_mask(images)`; None: every covered pixel
     embed: Callable[[Tensor, Tensor], Tensor] | None = None,  # pictures and landmarks -> features, for the perceptual term
     skipped: Skipped | None = None,  # notes faces that cannot be fitted, which are left out; None: each is an error
+    start: FaceCode | None = None,  # a code of each photo, such as a network's answer, in place of a fit of landmarks and light
     label: str = "fit",  # of the progress line
 ) -> FitResult:  # `rows` says which faces
     "Fit a morphable model to photos by FaceGPT's Eq. 5. Raises `ShapeError` for what is not a square photo with 68 landmarks."
@@ -362,17 +365,22 @@ def fit(
         raise ShapeError("fit", f"images {tuple(images.shape)}, landmarks {tuple(landmarks_2d.shape)}", "(n, 3, size, size) and (n, 68, 2)", "Crop square: facelab.face.align.")
     if landmarks_2d.shape[1:] != (68, 2) or not len(landmarks_2d) or (images is None and width is None):
         raise ShapeError("fit", f"landmarks {tuple(landmarks_2d.shape)}, width {width}", "(n, 68, 2) with n of 1 or more, and the width where there are no images", "Give all 68 iBUG points.")
+    if start is not None and (images is None or len(start) != len(images) or start.dims != model.dims):
+        raise ShapeError("fit", f"a start of {len(start)} codes, dims {start.dims}, {'no' if images is None else len(images)} images", f"a code of dims {model.dims} of each image", "Give the network's answers for these very photos, of this model.")
+    if isinstance(skin, str) and skin != "found":
+        raise InputError("fit: skin", repr(skin), "'found', one posterior a pixel, or None for every covered pixel", "Correct the call.")
     width = width if images is None else images.shape[-1]
-    each = config.landmark_steps + (sum(config.steps) if images is not None else 0)
+    each = config.landmark_steps * (start is None) + (sum(config.steps) if images is not None else 0)
     rows_a_batch = config.batch if config.optimiser == "adam" else 1
-    rows = fit_rows(model, images, landmarks_2d, width, skin, skipped)
+    rows = fit_rows(model, images, landmarks_2d, width, None if isinstance(skin, str) else skin, skipped)
+    skin = skin if not isinstance(skin, str) else None if images is None else skin_mask(images)
     batches = [rows[k : k + rows_a_batch] for k in range(0, len(rows), rows_a_batch)]
     bar, history, parts, fitted = Progress(None if config.optimiser == "lbfgs" else each * len(batches), label), [], [], []
 
     def fit_some(number: int, at: list[int]) -> FitResult:
         notes: list[dict] = []
         pick = [None if x is None else x[at] for x in (images, landmarks_2d, skin)]
-        part = fit_batch(model, *pick[:2], width, config, pick[2], embed, notes, bar)
+        part = fit_batch(model, *pick[:2], width, config, pick[2], embed, notes, bar, None if start is None else start[at])
         history.extend({"batch": number, **row} for row in notes)
         return part
 
@@ -382,5 +390,7 @@ def fit(
     if not parts:
         raise InputError("fit", f"none of {len(landmarks_2d)} faces could be fitted", "one or more", skipped.report(len(landmarks_2d)))
     left_out = [] if images is None or embed or not config.objective.perceptual else ["no embedder was given: Eq. 5 without its perceptual term"]
-    left_out += [] if images is not None else ["no photo: landmarks and regulariser alone"]
+    left_out += ["no photo: landmarks and regulariser alone"] if images is None else ["no skin mask: every pixel that the face covers counts"] if skin is None else []
+    bare = [] if skin is None else [row for row in fitted if float(skin[row].mean()) < 0.01]
+    left_out += [f"hardly a pixel of the colour of skin in photos {bare[:12]}: their colours count for nothing; skin=None lets all count"] if bare else []
     return replace(_cat([replace(part, history=[], notes=[]) for part in parts]), history=history, notes=left_out, rows=fitted)

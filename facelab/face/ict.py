@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .morphable import MorphableModel, check_size
+from .morphable import MorphableModel, check_modes, check_size
 from ..lab.arrays import read_npz, require
 from ..lab.errors import InputError, ShapeError
 
@@ -26,12 +26,17 @@ def from_ict(
     num_exp: int | None = None,  # blendshapes; None for all (53)
 ) -> MorphableModel:
     "ICT-FaceKit (Li et al. 2020) in mm. Identity codes are standard deviations, expression codes are weights in 0..1."
+    check_modes(num_shape=num_shape, num_exp=num_exp)
     if path is None:
         from facelab.lab.assets import find_asset
 
         path = find_asset("ict-facekit")
     arrays = read_npz(path)
-    axes = require(arrays, path, {"mean": ("v", 3, float), "identity": ("s", "v", 3, float), "expression": ("e", "v", 3, float), "triangles": ("f", 3, int), "landmarks68": (68, int), "units": ()})
+    spec = {"mean": ("v", 3, float), "identity": ("s", "v", 3, float), "expression": ("e", "v", 3, float), "triangles": ("f", 3, int), "landmarks68": (68, int), "units": ()}
+    either = {"uv": ("u", 2, float), "triangles_uv": ("f", 3, int), "expression_names": ("e",), "region_names": ("r",), "region_vertex_range": ("r", 2, int)}
+    axes = require(arrays, path, spec | {key: axis for key, axis in either.items() if key in arrays})
+    if not axes["f"]:
+        raise ShapeError(f"{path}: triangles", "none", "the triangles of a mesh", "Is the file damaged?")
     v, factor = axes["v"], {"cm": 10.0, "mm": 1.0}.get(str(arrays["units"]))
     if factor is None:
         raise InputError(path, f"units {str(arrays['units'])!r}", "'cm' or 'mm'", "Is it the lab's conversion of ICT-FaceKit?")
@@ -62,6 +67,5 @@ def _ranges(arrays, path, v: int) -> dict[str, torch.Tensor]:
     "The named vertex ranges of the full file (half open), as sets of vertices."
     if "region_names" not in arrays or "region_vertex_range" not in arrays:
         return {}
-    require(arrays, path, {"region_vertex_range": (len(arrays["region_names"]), 2, int)})
     at = torch.arange(v)
     return {str(name): (at >= int(lo)) & (at < int(hi)) for name, (lo, hi) in zip(arrays["region_names"], arrays["region_vertex_range"])}

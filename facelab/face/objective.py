@@ -62,9 +62,10 @@ def photo_loss(
     weight: Float[Tensor, "b 1 h w"],  # the mask, 0..1
     reading: str = "focus",  # or "literal"
 ) -> Float[Tensor, "b"]:
-    "L_pixel of FaceGPT's Eq. 5, mean over the mask."
-    squared = (image - rendered).square().sum(1, keepdim=True)
-    each = squared if reading == "literal" else (squared + 1e-6).sqrt()
+    "L_pixel of FaceGPT's Eq. 5: a mean over the mask; the literal reading is a sum, as printed."
+    if reading == "literal":
+        return (weight * (image - rendered)).square().sum((1, 2, 3))
+    each = ((image - rendered).square().sum(1, keepdim=True) + 1e-6).sqrt()
     return (weight * each).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1e-6)
 
 # %% ../../nbs/face/78_objective.ipynb #landmark-loss

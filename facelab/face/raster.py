@@ -31,7 +31,7 @@ class Fragments(NamedTuple):
     pix_to_face: Int[Tensor, "b h w k"]  # number of the face in its mesh, int64
     zbuf: Float[Tensor, "b h w k"]  # depth, in the units of the vertices
     bary: Float[Tensor, "b h w k 3"]  # weights of the three corners
-    dists: Float[Tensor, "b h w k"]  # squared distance to the face's nearest edge in NDC, negative inside
+    dists: Float[Tensor, "b h w k"]  # squared distance to the face's nearest edge in NDC, negative inside; NaN where nobody asked
 
     def packed(
         self,
@@ -52,6 +52,7 @@ class Settings(NamedTuple):
     perspective_correct: bool = False
     clip_barycentric: bool = False
     cull_backfaces: bool = False
+    distances: bool = True
 
     @property
     def hard(self) -> bool:
@@ -60,22 +61,24 @@ class Settings(NamedTuple):
 
 # %% ../../nbs/face/50_raster.ipynb #numba-forward
 def _numba_forward(verts: np.ndarray, faces: np.ndarray, how: Settings, neighbour: np.ndarray | None, threads: int):
-    "ids int32, zbuf, bary, dists as arrays with a slot axis."
+    "ids int32, zbuf, bary, dists (None where nobody asked) as arrays with a slot axis."
     from facelab.face import raster_kernels as hard
 
     batch, (h, w, k) = len(verts), how[:3]
-    ids, zbuf, dists = np.empty((batch, h, w, k), np.int32), *(np.empty((batch, h, w, k), np.float32) for _ in range(2))
+    ids, zbuf = np.empty((batch, h, w, k), np.int32), np.empty((batch, h, w, k), np.float32)
+    dists = np.empty((batch, h, w, k), np.float32) if how.distances or not how.hard else None
     bary = np.empty((batch, h, w, k, 3), np.float32)
     xs, ys = hard.pixel_centres(w, h), hard.pixel_centres(h, w)
     cull = np.full(len(faces) * how.cull_backfaces, 1, np.uint8)
     work = batch * (20.0 * len(faces) + 12.0 * h * w)
     if how.hard:
         bands, threads = hard.row_bands(batch, h, threads, work)
-        flat = ids[..., 0], zbuf[..., 0], bary[..., 0, :], dists[..., 0]
+        flat = ids[..., 0], zbuf[..., 0], bary[..., 0, :]
 
         def paint(*band):
-            hard.hard_rows(verts, faces, xs, ys, cull, how.perspective_correct, *band, *flat[:3])
-            hard.hard_distances(verts, faces, xs, ys, *band, flat[0], flat[3])
+            hard.hard_rows(verts, faces, xs, ys, cull, how.perspective_correct, *band, *flat)
+            if dists is not None:
+                hard.hard_distances(verts, faces, xs, ys, *band, flat[0], dists[..., 0])
     else:
         from facelab.face.raster_soft import soft_rows
 
@@ -119,7 +122,7 @@ class _Numba(torch.autograd.Function):
         if verts.is_cuda:
             check_inputs(torch.from_numpy(points), torch.from_numpy(corners), how[:2], 1)
         out = _numba_forward(points, corners, how, neighbour, torch.get_num_threads())
-        ids, *rest = (torch.from_numpy(x).to(verts.device) for x in (out[0].astype(np.int64), *out[1:]))
+        ids, *rest = (torch.from_numpy(x).to(verts.device) for x in (out[0].astype(np.int64), *out[1:]) if x is not None)
         ctx.arrays, ctx.how, ctx.ids = (points, corners), how, ids
         ctx.save_for_backward(verts)
         ctx.mark_non_differentiable(ids)
@@ -128,7 +131,7 @@ class _Numba(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, grad_z, grad_bary, grad_dists):
+    def backward(ctx, _, grad_z, grad_bary, grad_dists=None):
         (verts,) = ctx.saved_tensors  # raises when the vertices were changed in place since
         if grad_z is None and grad_bary is None and grad_dists is None:
             return None, None, None, None
@@ -139,7 +142,8 @@ class _Numba(torch.autograd.Function):
 # %% ../../nbs/face/50_raster.ipynb #raster-numba
 def raster_numba(verts: Tensor, faces: Tensor, how: Settings, neighbour: np.ndarray | None = None) -> Fragments:
     "The compiled engine; tensors of another device make the round trip through the CPU."
-    return Fragments(*_Numba.apply(verts, faces, how, neighbour))
+    ids, depth, bary, *dists = _Numba.apply(verts, faces, how, neighbour)
+    return Fragments(ids, depth, bary, dists[0] if dists else depth.new_full((), torch.nan).expand(depth.shape))
 
 # %% ../../nbs/face/50_raster.ipynb #measure
 def _edge(p: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -297,6 +301,7 @@ def rasterize(
     clip_barycentric: bool | None = None,  # move weights into the face; None: when there is blur
     cull_backfaces: bool = False,  # only faces that turn counter-clockwise on the picture
     z_clip: float | None = None,  # cut faces at this depth rather than drop those that reach behind the eye
+    distances: bool = True,  # False: `dists` may be left out, which saves time, and is then NaN
     backend: str = "auto",  # numba, triton, pytorch3d, warp, torch
 ) -> Fragments:
     "What each pixel sees. Differentiable in `verts_ndc` through zbuf, bary and dists (PyTorch3D's `rasterize_meshes`)."
@@ -305,7 +310,7 @@ def rasterize(
     if not 0 <= blur_radius < np.inf:
         raise InputError("blur_radius", str(blur_radius), "0 (hard) or a squared NDC distance", "facelab.face.render.blur_for gives it for a softness.")
     clip = blur_radius > 0 if clip_barycentric is None else clip_barycentric
-    how = Settings(height, width, faces_per_pixel, float(blur_radius), perspective_correct, clip, cull_backfaces)
+    how = Settings(height, width, faces_per_pixel, float(blur_radius), perspective_correct, clip, cull_backfaces, distances)
     behind = z_clip is not None and bool((verts_ndc[..., 2] < z_clip).any())
     fn = engine(backend, verts_ndc.device)
     return _in_pieces(fn, verts_ndc, faces, how, z_clip) if behind else fn(verts_ndc, faces, how)

@@ -92,7 +92,7 @@ class Rendering:
     "An image and what else is known about each of its pixels; the parts below are computed when asked for."
 
     image: Float[Tensor, "b 3 h w"]  # over the background; 0..1 for sensible light, not clamped
-    fragments: Fragments  # of `rasterize`
+    fragments: Fragments  # of `rasterize`; `dists` with a soft silhouette alone
     mesh: Mesh
     vertex_normals: Float[Tensor, "b v 3"]  # x image right, y up, z to the viewer
     sigma: float | None = None  # softness of the silhouette
@@ -171,7 +171,7 @@ def render(
         camera.to_ndc(mesh.verts, size).expand(batch, -1, -1), mesh.faces, size,
         faces_per_pixel=faces_per_pixel or (1 if sigma is None else 32), blur_radius=0.0 if sigma is None else blur_for(sigma),
         perspective_correct=not camera.orthographic if perspective_correct is None else perspective_correct,
-        cull_backfaces=cull_backfaces, z_clip=z_clip, backend=backend,
+        cull_backfaces=cull_backfaces, z_clip=z_clip, distances=sigma is not None, backend=backend,
     )  # fmt: skip
     normals = to_viewer(vertex_normals(mesh.verts, mesh.faces), camera).expand(batch, -1, -1).contiguous()
     image = _colours(mesh, normals, light, seen)
@@ -193,7 +193,7 @@ def uv_fragments(
     wide, tall = max(w / h, 1.0), max(h / w, 1.0)
     flat = torch.stack([wide * (1 - 2 * uv[:, 0]), tall * (2 * uv[:, 1] - 1), torch.ones_like(uv[:, 0])], -1)
     with torch.no_grad():
-        return rasterize(flat[None], uv_faces, (h, w), backend=backend)
+        return rasterize(flat[None], uv_faces, (h, w), distances=False, backend=backend)
 
 # %% ../../nbs/face/60_render.ipynb #fill-border
 def fill_border(

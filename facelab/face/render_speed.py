@@ -39,12 +39,12 @@ def half_ellipsoid(
 # %% ../../nbs/face/65_render_speed.ipynb #images
 def fused_image(verts: Float[Tensor, "b v 3"], faces: Int[Tensor, "f 3"], albedo: Float[Tensor, "1 v 3"], light: Float[Tensor, "1 3 9"], size: int) -> Tensor:
     "Vertices to lit pixels through facelab's compiled calls."
-    return lit_pixels(rasterize(verts, faces, size), vertex_normals(verts, faces), albedo, light, faces)
+    return lit_pixels(rasterize(verts, faces, size, distances=False), vertex_normals(verts, faces), albedo, light, faces)
 
 
 def eager_image(verts: Float[Tensor, "b v 3"], faces: Int[Tensor, "f 3"], albedo: Float[Tensor, "1 v 3"], light: Float[Tensor, "1 3 9"], size: int) -> Tensor:
     "The same from the same raster, with torch's own operations and autograd."
-    seen = rasterize(verts, faces, size)
+    seen = rasterize(verts, faces, size, distances=False)
     a, b, c = verts[:, faces].unbind(2)
     cross = torch.linalg.cross(b - a, c - a)
     normals = torch.zeros_like(verts)
@@ -102,7 +102,7 @@ def raster_call(
     pull_z, pull_w = (torch.randn(len(verts), size, size, 1, *tail, generator=gen) for tail in ((), (3,)))
 
     def call():
-        seen = rasterize(leaf, faces, size, backend=backend)
+        seen = rasterize(leaf, faces, size, distances=False, backend=backend)
         return torch.autograd.grad((seen.zbuf, seen.bary), leaf, (pull_z, pull_w))[0]
 
     return call

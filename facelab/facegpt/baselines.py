@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..face.code import PAPER_DIMS, FaceCode, split_code
 from ..face.morphable import MorphableModel
 from .batches import tensor_pixels
-from .model import FaceHead, check_face_model, check_state, gathered
+from .model import FaceHead, check_card, check_face_model, check_state, gathered, made_folder
 from .objective import Embed, face_term, targets_of
 from .photos import FacePhotos
 from .talker import evaluating
@@ -199,11 +199,10 @@ def save(
     folder: str | Path,  # is made; other files in it stay
 ):
     "Write weights and card; a frozen tower is named, not copied. Every process of a run has to call it."
-    folder = Path(folder)
     state = gathered({name: value for name, value in self.state_dict(keep_vars=True).items() if self.trained or not name.startswith("tower.")})
     if not first_process():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(folder)
     write_safetensors(folder / "regressor.safetensors", state)
     own = self.llava.folder
     base = {"folder": os.path.relpath(own, folder) if own else None, "marks": self.base_marks}
@@ -222,10 +221,9 @@ def read_card(
     if not path.is_file():
         raise InputError(folder, "no regressor.json", "a folder of FaceRegressor.save", "Give the folder that a training wrote.")
     said, kinds = read_json(path), {"format": int, "face_model": str, "focal": int | float | None, "dims": list, "trained": bool, "pooling": str, "base": dict, "sha256": str}
-    if not isinstance(said, dict) or any(not isinstance(said.get(name), kind) for name, kind in kinds.items()) or said["format"] != 1:
-        raise InputError(path, f"{str(said)[:100]}", f"format 1 and the entries {', '.join(kinds)}", "Save the network again.")
-    if len(said["dims"]) != 3 or not all(isinstance(n, int) and n >= 0 for n in said["dims"]):
-        raise InputError(path, f"dims {said['dims']}", "three counts", "Save the network again.")
+    if not isinstance(said, dict) or any(not isinstance(said.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(path, f"{str(said)[:100]}", f"the entries {', '.join(kinds)}", "Save the network again.")
+    check_card(path, said)
     return said
 
 # %% ../../nbs/facegpt/60_baselines.ipynb #load

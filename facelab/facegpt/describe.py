@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Phrases', 'POSE', 'FORM', 'SEEN', 'PHRASES', 'PARTS', 'CLAUSES', 'HEARD', 'FILLER', 'NOT', 'NEUTRAL_SHARE', 'STARTS',
-           'MORE', 'QUESTION', 'SYSTEM', 'words_of', 'phrase_index', 'fits', 'read_facts', 'mentioned', 'sentence',
-           'clauses', 'say', 'capital', 'describe', 'Describer', 'SchemaDescriber', 'LlavaDescriber']
+           'MORE', 'UNKNOWN', 'PLAIN_SHARE', 'QUESTION', 'SYSTEM', 'words_of', 'phrase_index', 'fits', 'read_facts',
+           'mentioned', 'sentence', 'clauses', 'say', 'capital', 'describe', 'answer', 'Describer', 'SchemaDescriber',
+           'check_questions', 'LlavaDescriber']
 
 # %% ../../nbs/facegpt/32_describe.ipynb #imports
 import re
@@ -22,6 +23,7 @@ from ..data.caption import choose, join_words
 from ..face.code import FaceCode
 from ..face.morphable import MorphableModel
 from .schema import SCHEMA, Ruler, check_facts, code_facts, photo_facts
+from .wordings import QUESTIONS, QUESTIONS_HELD_OUT
 from ..lab.errors import InputError
 
 # %% ../../nbs/facegpt/32_describe.ipynb #phrases-pose
@@ -295,16 +297,43 @@ def describe(
         return say({name: value for name, value in check_facts(facts).items() if name in fits}, rng, True)
     return say(mentioned(facts, rng, share, only), rng)
 
+# %% ../../nbs/facegpt/32_describe.ipynb #answer
+UNKNOWN = "This cannot be seen."
+
+
+def answer(
+    attribute: str,  # one of the schema's names
+    facts: Mapping[str, str],
+    rng: np.random.Generator | None = None,  # of the wording; None: the first one
+) -> str:  # one short sentence that `read_facts` reads
+    "The answer to a question about an attribute."
+    if attribute not in SCHEMA:
+        raise InputError("attribute", repr(attribute), f"one of {', '.join(SCHEMA)}", "See facelab.facegpt.schema.SCHEMA.")
+    if attribute not in facts:
+        return UNKNOWN
+    said = PHRASES[attribute][check_facts(facts)[attribute]][CLAUSES]
+    return capital(said[0] if rng is None or rng.random() < PLAIN_SHARE else choose(rng, said)) + "."
+
+
+PLAIN_SHARE = 0.7  # of answers that take the first wording  # ours
+
 # %% ../../nbs/facegpt/32_describe.ipynb #describer
 @runtime_checkable
 class Describer(Protocol):
-    "Writes a description of each face."
+    "Writes a description of each face, and answers questions about it."
 
     def describe(
         self,
         images: Float[Tensor, "b 3 h w"] | None = None,  # 0..1
         codes: FaceCode | None = None,
     ) -> list[str]: ...
+
+    def converse(
+        self,
+        questions: Sequence[Sequence[str]],  # about each face, perhaps none
+        images: Float[Tensor, "b 3 h w"] | None = None,  # 0..1
+        codes: FaceCode | None = None,
+    ) -> list[list[str]]: ...  # as many answers
 
 
 class SchemaDescriber:
@@ -326,13 +355,31 @@ class SchemaDescriber:
         attributes: np.ndarray | None = None,  # b 40, +1 or -1: CelebA's, for hair, glasses, hat and beard
     ) -> list[str]:
         "One description a face. The same codes give the same words."
+        facts = self.facts(codes, attributes)
+        rngs = (np.random.default_rng((self.seed, k)) for k in range(len(facts)))
+        return [describe(f, rng, self.share, None if attributes is not None else "code", self.plain) for f, rng in zip(facts, rngs, strict=True)]
+
+    def converse(self, questions, images=None, codes=None, attributes=None) -> list[list[str]]:
+        "An answer to each of the lab's own questions (facelab.facegpt.wordings); of others it knows nothing."
+        facts = self.facts(codes, attributes)
+        check_questions("SchemaDescriber", questions, len(facts))
+        about = {text: name for table in (QUESTIONS, QUESTIONS_HELD_OUT) for name, texts in table.items() for text in texts}
+        return [[answer(about[q], f) if q in about else UNKNOWN for q in some] for f, some in zip(facts, questions, strict=True)]
+
+    def facts(self, codes: FaceCode | None, attributes: np.ndarray | None) -> list[dict[str, str]]:
+        "What is measured, and what attributes say."
         if codes is None:
             raise InputError("SchemaDescriber", "no codes", "the codes of the faces: it measures, it does not look", "Fit the pictures first, or take a LlavaDescriber.")
         facts = code_facts(self.ruler, codes)
-        if attributes is not None:
-            facts = [f | photo_facts(row) for f, row in zip(facts, attributes, strict=True)]
-        rngs = (np.random.default_rng((self.seed, k)) for k in range(len(facts)))
-        return [describe(f, rng, self.share, None if attributes is not None else "code", self.plain) for f, rng in zip(facts, rngs, strict=True)]
+        if attributes is not None and len(attributes) != len(facts):
+            raise InputError("SchemaDescriber", f"{len(facts)} codes, {len(attributes)} rows of attributes", "as many of both", "Select the same faces of both.")
+        return facts if attributes is None else [f | photo_facts(row) for f, row in zip(facts, attributes, strict=True)]
+
+
+def check_questions(what: str, questions: Sequence[Sequence[str]], count: int):
+    "Raise `InputError` unless there is a list of questions for each face."
+    if len(questions) != count:
+        raise InputError(what, f"{len(questions)} lists of questions for {count} faces", "one for each face, perhaps empty", "Select the same rows of both.")
 
 # %% ../../nbs/facegpt/32_describe.ipynb #llava-describer
 QUESTION = "Describe this face in detail: the shape of the head, the skin tone, the expression, where the face is turned and where the light comes from."  # ours, after 3.2
@@ -340,29 +387,48 @@ SYSTEM = "A chat between a curious user and an artificial intelligence assistant
 
 
 class LlavaDescriber:
-    "Asks a LLaVA the question for a detailed description (FaceGPT 4.1)."
+    "Asks a LLaVA: for a detailed description, or questions one after another (FaceGPT 3.2, 4.1)."
 
     def __init__(
         self,
         vlm: Any,  # has .model and .processor, such as facelab.facegpt.vlm.load_llava gives
         question: str = QUESTION,
         system: str = SYSTEM,  # '' for a model that was trained without one
-        max_new_tokens: int = 160,
+        max_new_tokens: int = 160,  # of an answer
         batch: int = 8,  # pictures at a time
     ):
-        self.vlm, self.max_new_tokens, self.batch = vlm, max_new_tokens, batch
-        self.prompt = f"{system} USER: <image>\n{question} ASSISTANT:".strip()
+        self.vlm, self.question, self.system, self.max_new_tokens, self.batch = vlm, question, system, max_new_tokens, batch
 
-    @torch.no_grad()
     def describe(self, images: Float[Tensor, "b 3 h w"] | None = None, codes=None) -> list[str]:
         "One description a picture, by greedy decoding."
+        return [text for (text,) in self.converse([[self.question]] * (0 if images is None else len(images)), images)]
+
+    def converse(self, questions: Sequence[Sequence[str]], images: Float[Tensor, "b 3 h w"] | None = None, codes=None) -> list[list[str]]:
+        "Answers to questions about each picture, each asked with what was said before it in sight; pictures go in batches, turn by turn."
         if images is None or images.ndim != 4 or images.shape[1] != 3:
             raise InputError("LlavaDescriber", "no pictures" if images is None else f"shape {tuple(images.shape)}", "pictures (b, 3, h, w), 0..1", "It looks, it does not measure.")
-        texts, model, processor = [], self.vlm.model, self.vlm.processor
+        check_questions("LlavaDescriber", questions, len(images))
+        said = [[] for _ in questions]
+        for turn in range(max(map(len, questions), default=0)):
+            rows = [k for k, some in enumerate(questions) if len(some) > turn]
+            for some in (rows[first : first + self.batch] for first in range(0, len(rows), self.batch)):
+                for k, text in zip(some, self.answers(images[some], [self.prompt(questions[k][: turn + 1], said[k]) for k in some]), strict=True):
+                    said[k].append(text)
+        return said
+
+    def prompt(self, questions: Sequence[str], said: Sequence[str]) -> str:
+        "A conversation in LLaVA-1.5's form, up to where its next answer begins."
+        end, turns = self.vlm.processor.tokenizer.eos_token, [f"USER: {question} ASSISTANT:" for question in questions]
+        turns[0] = turns[0].replace("USER: ", "USER: <image>\n", 1)
+        return f"{self.system} {''.join(turn + (f' {text}{end}' if text is not None else '') for turn, text in zip(turns, [*said, None], strict=True))}".strip()
+
+    @torch.no_grad()
+    def answers(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> list[str]:
+        "What the model says next, by greedy decoding."
+        model, processor = self.vlm.model, self.vlm.processor
         processor.tokenizer.padding_side = "left"
-        for some in images.split(self.batch):
-            pictures = list((some.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-            given = processor(text=[self.prompt] * len(pictures), images=pictures, return_tensors="pt", padding=True).to(model.device)
-            out = model.generate(**given, max_new_tokens=self.max_new_tokens, do_sample=False)
-            texts += processor.tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        pictures = list((images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        given = processor(text=list(prompts), images=pictures, return_tensors="pt", padding=True).to(model.device)
+        out = model.generate(**given, max_new_tokens=self.max_new_tokens, do_sample=False)
+        texts = processor.tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [" ".join(text.split()).replace("<image>", "< image>") for text in texts]  # a picture's place in what was said would ask for another picture

@@ -60,7 +60,7 @@ def face_scores(
         raise ShapeError("face_scores", f"{len(views.images)} faces, {len(photos)} photos{'' if photos.landmarks_2d is not None else ' without landmarks'}", "a face for each photo, with landmarks", "Select the same rows of both.")
     images = photos.pictures()
     error = keypoint_error(views.landmarks_2d, photos.landmarks_2d, photos.size)
-    found = {"photo error": (photo_error(images, views.images, views.alpha, skin_mask(images), "both"), ""), "keypoint error": (error.px, "px at 224"), "keypoint error, inter-ocular": (error.nme, "%")}
+    found = {"photo error": (photo_error(images, views.images, views.alpha, skin_mask(images), "both"), f"RGB 0..1, render and skin, {photos.size} px"), "keypoint error": (error.px, "px at 224"), "keypoint error, inter-ocular": (error.nme, "%")}
     if photos.codes is None:
         return found
     there = code_camera(photos.codes.camera, focal).project(model.landmarks(views.verts), photos.size)[0]

@@ -6,8 +6,8 @@
 __all__ = ['JUDGE_SYSTEM', 'RULE', 'PUBLISHED_RULE', 'RULES', 'NUMBER', 'CATEGORIES', 'read_jsonl', 'question_id',
            'BenchQuestion', 'read_questions', 'read_answers', 'write_answers', 'read_contexts', 'is_published',
            'judge_prompt', 'read_rules', 'parse_review', 'Review', 'BenchScore', 'bench_scores', 'bench_rows',
-           'JudgePrompt', 'Reply', 'Judge', 'read_reviews', 'write_reviews', 'RecordedJudge', 'review_bench',
-           'order_lead', 'bench_gain']
+           'rule_said', 'judged_by', 'JudgePrompt', 'Reply', 'Judge', 'read_reviews', 'write_reviews', 'RecordedJudge',
+           'review_bench', 'order_lead', 'bench_gain']
 
 # %% ../../nbs/facegpt/70_judge.ipynb #imports
 import hashlib
@@ -198,6 +198,7 @@ class Review:
     content: str | None  # the reply; None where none came
     swapped: bool = False  # the candidate was Assistant 1
     error: str = ""  # why there is no reply
+    rule: str = ""  # the rule that it was asked for by: "published", "other"; "" where nobody knows
 
     def scores(self, published: bool = False) -> tuple[float, float] | None:  # of the reference, of the candidate
         "Marks of the reference and the candidate, whichever came first; None where this review is left out."
@@ -250,8 +251,24 @@ def bench_rows(
 ) -> list[Row]:  # Conv, Detail, Complex, All; categories without a readable review have no row
     "What Table 3 says of one method; `data` names the judge and what was left out."
     scores = bench_scores(reviews, **{k: more.pop(k) for k in ("draws", "seed") if k in more})
-    said = lambda s: f"judge {judge}" + (f", {s.left_out} left out" if s.left_out else "")
-    return [Row(method, CATEGORIES.get(k, k), s.value, s.low, s.high, s.n, "% of reference", "higher", said(s), **more) for k, s in scores.items() if s.value is not None]
+    said = lambda k, s: judged_by(judge, [r for r in reviews if k in ("all", r.category)]) + (f", {s.left_out} left out" if s.left_out else "")
+    return [Row(method, CATEGORIES.get(k, k), s.value, s.low, s.high, s.n, "% of reference", "higher", said(k, s), **more) for k, s in scores.items() if s.value is not None]
+
+
+def rule_said(
+    reviews: Sequence[Review],
+) -> str:  # "" where all of them were asked for by the published rule
+    "What a table has to say of the rule behind its marks."
+    rules = {r.rule for r in reviews if r.content is not None}
+    return "not by the published rule" if "other" in rules else "by a rule that is not known" if "" in rules else ""
+
+
+def judged_by(
+    judge: str,  # its name
+    reviews: Sequence[Review],  # of the row
+) -> str:  # for `Row.data`
+    "Who judged, and if it was not by the published rule."
+    return ", ".join([f"judge {judge}", *([said] if (said := rule_said(reviews)) else [])])
 
 # %% ../../nbs/facegpt/70_judge.ipynb #judge
 class JudgePrompt(NamedTuple):
@@ -268,6 +285,7 @@ class Reply(NamedTuple):
 
     text: str | None
     error: str = ""
+    rule: str | None = None  # as in `Review`, where this reply was asked for by another rule than this call's: it was recorded
 
 
 @runtime_checkable
@@ -295,7 +313,8 @@ def read_reviews(
             text = " ".join(map(str, marks))
         image = row.get("image") or (images or {}).get(key, f"question {key}")
         category = str(row.get("category", "")).removeprefix("llava_bench_")  # the prefix of LLaVA-Bench (in the wild)
-        found.append(Review(key, category, str(image), text if text is None else str(text), row.get("swapped") is True, str(row.get("error", ""))))
+        rule = row.get("rule") if row.get("rule") in ("published", "other") else ""  # LLaVA's files do not say
+        found.append(Review(key, category, str(image), text if text is None else str(text), row.get("swapped") is True, str(row.get("error", "")), rule))
     return found
 
 
@@ -303,11 +322,11 @@ def write_reviews(
     path: str | Path,  # the file to write
     reviews: Sequence[Review],
 ):
-    "Reviews in LLaVA's layout, with the picture, the order and the reason beside it."
+    "Reviews in LLaVA's layout, with the picture, the order, the reason and the rule beside it."
     with atomic_write(path) as file:
         for k, r in enumerate(reviews):
             marks = list(parse_review(r.content or "") or (-1, -1))
-            row = {"id": k + 1, "question_id": r.question_id, "category": r.category, "content": r.content, "tuple": marks, "image": r.image, "swapped": r.swapped, "error": r.error}
+            row = {"id": k + 1, "question_id": r.question_id, "category": r.category, "content": r.content, "tuple": marks, "image": r.image, "swapped": r.swapped, "error": r.error, "rule": r.rule}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -316,7 +335,7 @@ class RecordedJudge:
 
     def __init__(self, path: str | Path, name: str = ""):
         self.name = name or f"recorded {Path(path).stem}"
-        self.replies = {(r.question_id, r.swapped): Reply(r.content, r.error) for r in read_reviews(path)}
+        self.replies = {(r.question_id, r.swapped): Reply(r.content, r.error, r.rule) for r in read_reviews(path)}
 
     def ask(self, prompts: Sequence[JudgePrompt]) -> list[Reply]:
         "The recorded reply to each question id; the wording of the prompt is not compared."
@@ -348,7 +367,8 @@ def review_bench(
         raise InputError(f"judge {judge.name}", f"{len(replies)} replies", f"{len(prompts)}, one a prompt", "A judge answers every prompt, with an error where it has no text.")
     for place, reply in zip(places, replies):
         q = found[place]
-        found[place] = Review(q.question_id, q.category, q.image, reply.text, q.swapped, "" if reply.text is not None else reply.error or "no reply")
+        rule = ("published" if is_published(rules[q.category]) else "other") if reply.rule is None else reply.rule
+        found[place] = Review(q.question_id, q.category, q.image, reply.text, q.swapped, "" if reply.text is not None else reply.error or "no reply", rule)
     return found
 
 # %% ../../nbs/facegpt/70_judge.ipynb #order-lead
@@ -363,7 +383,7 @@ def order_lead(
     both = [(marks[k, False], marks[k, True]) for k, s in marks if not s and (k, True) in marks]
     lead = np.array([(a.scores()[0] - a.scores()[1] + b.scores()[1] - b.scores()[0]) / 2 for a, b in both])
     ratio = pooled_ratio(lead, np.ones(len(lead)), [a.image for a, _ in both], **{k: more.pop(k) for k in ("draws", "seed") if k in more})
-    return ratio and Row(method, "lead of the first place", *ratio, n=len(both), unit="marks", better="none", data=f"judge {judge}", **more)
+    return ratio and Row(method, "lead of the first place", *ratio, n=len(both), unit="marks", better="none", data=judged_by(judge, reviews), **more)
 
 # %% ../../nbs/facegpt/70_judge.ipynb #bench-gain
 def bench_gain(
@@ -385,4 +405,4 @@ def bench_gain(
     drawn = drawn_sums(marks.T, [r.image for r, _ in both], draws, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = with_interval(100 * (drawn[1] / drawn[0] - drawn[3] / drawn[2]))
-    return Row(method, "All, ahead", *gain, n=len(both), unit="points", better="higher", data=f"judge {judge}", **more)
+    return Row(method, "All, ahead", *gain, n=len(both), unit="points", better="higher", data=judged_by(judge, [*reviews, *before]), **more)

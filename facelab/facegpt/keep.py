@@ -10,7 +10,7 @@ __all__ = ['AWAY', 'UNITS', 'ENDINGS', 'Face3D', 'to_bytes', 'lit_mesh', 'turned
 # %% ../../nbs/facegpt/54_keep.ipynb #imports
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -297,7 +297,10 @@ class Imagined(Result):
 
 
 class ChatAnswer(Result):
-    "A turn of a conversation."
+    "A turn of a conversation; `text, faces = answer` takes it apart."
+
+    def __iter__(self) -> Iterator:  # the text, the list of faces
+        return iter((self.text, self.faces))
 
 # %% ../../nbs/facegpt/54_keep.ipynb #sheet
 def sheet(

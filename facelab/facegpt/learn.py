@@ -30,7 +30,7 @@ from .dataset import WITHOUT_FACE, training_set
 from .key import TEXT_REQUESTS as KEY_REQUESTS
 from .key import add_number_words, key_talks, train_key, written
 from .llava_training import PLAIN
-from .model import FaceGPT, check_camera, gathered
+from .model import FaceGPT, check_camera, gathered, made_folder
 from .objective import Embed, Weights
 from .photos import FacePhotos
 from .prompt import VICUNA_V1, Prompt
@@ -149,8 +149,7 @@ def save_key(
     state = gathered({name: weight for name, weight in talker.named_parameters() if weight.requires_grad})
     if not first_process():
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_safetensors(Path(folder) / "key.safetensors", state)
+    write_safetensors(made_folder(folder) / "key.safetensors", state)
 
 
 def new_key(

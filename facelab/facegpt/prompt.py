@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.instruct import Turn
 from .vlm import FACE, Llava, quiet
-from ..lab.errors import InputError, Skipped
+from ..lab.errors import InputError, Skipped, printable
 
 # %% ../../nbs/facegpt/11_prompt.ipynb #prompt
 VICUNA = (  # LLaVA-1.5's conv_vicuna_v1, "user" and not "human"
@@ -35,6 +35,10 @@ class Prompt:
     user: str = "USER: "
     assistant: str = " ASSISTANT:"
     after_image: str = "\n"  # between the picture and the question
+
+    def __post_init__(self):
+        if odd := [name for name, words in vars(self).items() if not isinstance(words, str)]:
+            raise InputError(f"Prompt.{odd[0]}", repr(getattr(self, odd[0]))[:60], "a text", "'' for none.")
 
 
 VICUNA_V1 = Prompt()
@@ -105,6 +109,8 @@ class Encoder:
         text = turn.text.strip() if isinstance(turn.text, str) else ""
         if not text:
             raise InputError("prompt", f"an empty text in turn {number + 1} ({role})", "at least one word", "Ask something, such as: Can you give the 3DMM parameters of this person.")
+        if text != printable(text):  # half of a pair of surrogates: what is left of a byte that is no UTF-8
+            raise InputError("prompt", f"a character in turn {number + 1} ({role}) that is none: {text[:60]!r}", "text in UTF-8", "Write it again; a terminal or a file in another encoding gives such bytes.")
         return neutral(text, [word for word in self.commands if word != FACE or role == "user"])
 
 # %% ../../nbs/facegpt/11_prompt.ipynb #text-of

@@ -29,10 +29,10 @@ from .keep import ENDINGS, ChatAnswer, Face3D, Imagined, Reconstruction, Result,
 from .model import ANSWER, FaceGPT
 from .picture import CROPS, Cut, Finder, Taken, as_picture, picture_name, take_faces
 from .prompt import Asked, ask
-from .talker import Answer
+from .talker import Answer, check_temperature, check_whole
 from .vlm import Llava
 from .wordings import REQUESTS, TEXT_REQUESTS, fill
-from ..lab.errors import InputError
+from ..lab.errors import InputError, printable
 from ..lab.images import FORMATS
 
 # %% ../../nbs/facegpt/50_use.ipynb #morphable
@@ -149,8 +149,7 @@ def reconstruct(
 ) -> list[Reconstruction]:  # one a picture
     "Photos to faces (FaceGPT 4.1's image request). Raises `InputError` for a request that cannot be asked."
     self.encoder.encode(ask(request, "picture"), ANSWER)
-    if refine_steps < 0 or batch < 1:
-        raise InputError("reconstruct", f"refine_steps {refine_steps}, batch {batch}", "0 or more steps, 1 or more faces at a time", "0 steps keep the prediction.")
+    check_whole("reconstruct", refine_steps=(refine_steps, 0), batch=(batch, 1), max_new_tokens=(max_new_tokens, 1))
     images, side = several(images), input_side(self.llava)
     taken = [take_faces(source, side, crop, every, finder) for source in images]
     cuts = [cut for one in taken for cut in one.cuts]
@@ -199,8 +198,10 @@ def imagine(
     "Texts to faces (FaceGPT 4.1's text request). Raises `InputError` for a text that is empty or too long."
     if not isinstance(texts, str | list | tuple):
         raise InputError("texts", type(texts).__name__, "a text or a list of texts", "Describe somebody, such as: a broad smile, the face turned to the left.")
-    if count < 1 or count > 1 and temperature <= 0:
-        raise InputError("imagine", f"count {count} at temperature {temperature:g}", "one face a text, or a temperature above 0", "Without a temperature all answers to a text are the same: temperature=1.0.")
+    check_whole("imagine", count=(count, 1))
+    check_temperature("imagine", temperature)
+    if count > 1 and temperature == 0:
+        raise InputError("imagine", f"count {count} at temperature 0", "one face a text, or a temperature above 0", "Without a temperature all answers to a text are the same: temperature=1.0.")
     asked = [as_request(text) for text in ([texts] if isinstance(texts, str) else texts)]
     for request in asked:
         self.encoder.encode(request, ANSWER)
@@ -330,9 +331,9 @@ def keep_files(result: Result, folder: str | Path, endings: Sequence[str], used:
                 written.append(name)
             except InputError as error:
                 good, result.notes = False, [*result.notes, str(error)]
-    print(f"{stem}: {' '.join(result.text.split()) or 'no answer'} -> {', '.join(written) or 'no file'}")
+    print(printable(f"{stem}: {' '.join(result.text.split()) or 'no answer'} -> {', '.join(written) or 'no file'}"))
     for note in result.notes:
-        print(f"  {note}", file=sys.stderr)
+        print(printable(f"  {note}"), file=sys.stderr)
     return good
 
 # %% ../../nbs/facegpt/50_use.ipynb #command

@@ -8,6 +8,7 @@ __all__ = ['FACE', 'LORA_TARGETS', 'LORA', 'quiet', 'select_features', 'Llava', 
            'add_face_token', 'LoraSettings', 'with_lora', 'paper_llava', 'marks']
 
 # %% ../../nbs/facegpt/10_vlm.ipynb #imports
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -167,6 +168,8 @@ def load_llava(
     device: str | torch.device = "cpu",
 ) -> Llava:
     "Read a LLaVA folder. Raises `InputError` where it is not one, or its parts do not fit each other."
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError("LLaVA", str(folder)[:60], "the path of a folder of LlavaForConditionalGeneration", "Give the path of a downloaded folder.")
     folder, device = Path(folder), usable_device(device)
     if not (folder / "config.json").is_file():
         raise InputError(folder, "no config.json" if folder.is_dir() else "no such folder", "a folder of LlavaForConditionalGeneration", "Give the path of a downloaded folder; names of the hub are not looked up.")
@@ -274,8 +277,10 @@ class LoraSettings:
 
     def __post_init__(self):
         object.__setattr__(self, "words", tuple(self.words))
-        if self.targets not in LORA_TARGETS or self.rank < 1 or not 0 <= self.dropout < 1:
-            raise InputError("LoraSettings", f"{self}", f"targets among {', '.join(LORA_TARGETS)}, rank 1 or more, dropout from 0 to 1", "Correct the profile.")
+        numbers = isinstance(self.rank, int) and all(isinstance(n, int | float) for n in (self.alpha, self.dropout))
+        texts = all(isinstance(word, str) for word in (self.targets, *self.words))
+        if not (numbers and texts) or self.targets not in LORA_TARGETS or self.rank < 1 or not 0 < self.alpha < 1e6 or not 0 <= self.dropout < 1:
+            raise InputError("LoraSettings", f"{self}"[:200], f"targets among {', '.join(LORA_TARGETS)}, rank 1 or more, alpha above 0, dropout from 0 to 1, words that are texts", "Correct the profile.")
 
 
 LORA = LoraSettings()

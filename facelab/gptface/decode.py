@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['TRACE', 'Decoding', 'modality', 'beside', 'edge_of', 'sample_tokens', 'Decoded', 'Filling', 'choose',
-           'look_and_sample', 'decode', 'empty_trace', 'image_region', 'fill_region', 'match_probability', 'fill_tags']
+           'look_and_sample', 'check_how', 'as_seeds', 'decode', 'empty_trace', 'image_region', 'fill_region',
+           'match_probability', 'fill_tags']
 
 # %% ../../nbs/gptface/52_decode.ipynb #imports
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .guidance import Guidance, Steering
+from .guidance import Guidance, Steering, real, whole
 from .model import GPTFace
-from .tokens import TokenLayout, Sequences, Vocabulary, codes_of, join, tag_template, tags_in
+from .tokens import TokenLayout, Sequences, Vocabulary, codes_of, join, tag_template, tags_in, telling_pieces
 from ..lab.batches import seed_of
 from ..lab.errors import InputError, ShapeError
 
@@ -40,8 +41,8 @@ class Decoding:
     def __post_init__(self):
         if self.schedule not in ("cosine", "k") or self.confidence not in ("probability", "logit"):
             raise InputError("Decoding", f"schedule {self.schedule!r}, confidence {self.confidence!r}", "cosine or k; probability or logit", "Correct the configuration.")
-        if min(self.steps, self.k) < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.noise < 0:
-            raise InputError("Decoding", f"steps {self.steps}, k {self.k}, temperature {self.temperature}, top_p {self.top_p}, noise {self.noise}", "1 or more steps and tokens, temperature and noise 0 or more, top_p in 0..1", "Copy the defaults and change one.")
+        if not (whole(self.steps, self.k) and real(self.temperature, self.top_p, self.noise)) or min(self.steps, self.k) < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.noise < 0:
+            raise InputError("Decoding", f"steps {self.steps}, k {self.k}, temperature {self.temperature}, top_p {self.top_p}, noise {self.noise}", "steps and tokens whole and 1 or more, temperature and noise finite and 0 or more, top_p in 0..1", "Copy the defaults and change one.")
 
     @classmethod
     def paper(cls) -> "Decoding":
@@ -219,6 +220,29 @@ def look_and_sample(
     row = {"sample": now.names.tolist(), "step": [step] * len(due), "left": now.hidden.sum(1).tolist(), "kept": kept.sum(1).tolist(), "p": look.p.tolist(), "good": good.tolist()}
     return Filling(Sequences(ids, now.seq.attend), now.hidden & ~chosen, now.names, now.seeds, now.totals), row
 
+# %% ../../nbs/gptface/52_decode.ipynb #check-how
+def check_how(guidance: Any, decoding: Any):
+    "Raise `InputError` where these are no `Guidance` and no `Decoding`; None stands for a default."
+    for what, value, kind, fix in (("guidance", guidance, Guidance, "Guidance.paper() is Eq. 7 by the letter."), ("decoding", decoding, Decoding, "Decoding.paper() is k = 8.")):
+        if value is not None and not isinstance(value, kind):
+            raise InputError(what, f"{value!r}"[:60], f"a {kind.__name__}, or None", fix)
+
+
+def as_seeds(
+    seeds: Any,  # a whole number of 0 or more, Python's or numpy's; or one each
+    count: int,  # samples
+) -> int | list[int]:
+    "Seeds as Python's numbers. Raises `InputError` for what is no seed, and for too few or too many."
+    try:
+        given = [seeds] if whole(seeds) else list(seeds)
+    except TypeError:
+        given = [None]
+    if not whole(*given) or min(given, default=0) < 0:
+        raise InputError("seeds", f"{seeds!r}"[:60], "a whole number of 0 or more, or one each", "0 will do.")
+    if not whole(seeds) and len(given) != count:
+        raise ShapeError("seeds", f"{len(given)}", f"one number, or one each of {count} samples", "Give as many.")
+    return int(seeds) if whole(seeds) else [int(seed) for seed in given]
+
 # %% ../../nbs/gptface/52_decode.ipynb #decode
 def decode(
     model: GPTFace,  # is not changed
@@ -234,12 +258,12 @@ def decode(
     "Fill in hidden tokens (3.3)."
     guidance, decoding = guidance or Guidance(), decoding or Decoding()
     b, layout = len(seq.ids), model.config.layout
+    check_how(guidance, decoding)
     if hidden.shape != seq.ids.shape:
         raise ShapeError("hidden", f"shape {tuple(hidden.shape)}", f"{tuple(seq.ids.shape)}, as the sequences", "Make it with image_region.")
     part = modality(layout, hidden, seq.attend)
-    seeds = [seed_of(seeds, k) for k in range(b)] if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    if len(seeds) != b:
-        raise ShapeError("seeds", f"{len(seeds)}", f"one number, or one each of {b} samples", "Give as many.")
+    seeds = as_seeds(seeds, b)
+    seeds = [seed_of(seeds, k) for k in range(b)] if isinstance(seeds, int) else seeds
     if b > 1 and not guidance.batched:
         parts = [decode(model, seq.rows(slice(k, k + 1)), hidden[k : k + 1], guidance, decoding, seeds[k : k + 1], allowed, distinct, on_step) if hidden[k].any() else Decoded(seq.ids[k : k + 1].to(model.bias.device), empty_trace(), torch.ones(1)) for k in range(b)]
         trace = pd.concat([one.trace.assign(sample=k) for k, one in enumerate(parts)], ignore_index=True)
@@ -327,16 +351,18 @@ def fill_tags(
     guidance: Guidance | None = None,
     decoding: Decoding | None = None,
     seeds: int | Sequence[int] = 0,
-    among: Sequence[str] | None = None,  # only these words, each a piece of the vocabulary
+    among: Sequence[str] | None = None,  # only these words, each a piece of the vocabulary; None: `telling_pieces`
 ) -> tuple[list[list[str]], Decoded]:  # tags, the surest not first but in the order of the template
     "Tags of pictures (4.4)."
     layout = model.config.layout
-    if among is not None and (strange := [word for word in among if word.lower() not in vocab.index]):
+    if isinstance(among, str):
+        raise InputError("among", f"{among!r}, one string", "a list of words", "Put it into a list.")
+    names = None if among is None else [str(word).lower() for word in among]
+    if strange := [word for word in names or () if word not in vocab.index]:
         raise InputError("among", f"{strange[:3]}", "words that are one piece of the vocabulary", "Leave them out; a tag is one piece.")
-    names = {word.lower() for word in among} if among is not None else None
-    allowed = torch.tensor([(piece in names) if names is not None else piece.isalpha() and len(piece) > 1 for piece in vocab.pieces])
-    if int(allowed.sum()) < count:
-        raise InputError("fill_tags", f"{count} tags of {int(allowed.sum())} words", "as many words as tags", "Ask for fewer tags.")
+    allowed = telling_pieces(vocab) if names is None else torch.tensor([piece in set(names) for piece in vocab.pieces])
+    if not whole(count) or int(allowed.sum()) < count:
+        raise InputError("fill_tags", f"{count} tags of {int(allowed.sum())} words", "a whole number, and as many words as tags", "Ask for fewer tags.")
     template = tag_template(vocab, layout, count)
     seq = join(layout, codes, template.expand(len(codes), -1), trim=True)
     made = decode(model, seq, seq.ids.eq(layout.mask), guidance, decoding, seeds, allowed, distinct=True)

@@ -42,7 +42,7 @@ def make(
     world: str | Path | None = None,  # where the world is kept
     scratch: str | Path | None = None,  # of pairs and checkpoints; None: build/scratch/base-gptface
 ) -> Base:
-    "Draw a world, train in three lessons, judge."
+    "Draw a world, train in lessons, judge."
     scratch = Path(scratch or build_dir("scratch") / "base-gptface")
     pairs, vqgan = base_pairs(values, "train", values["people"], scratch, world), open_vqgan()
     vocab = web_vocabulary(pairs.texts, values["words"])
@@ -60,7 +60,7 @@ def make(
 
 def base_rows(
     model: GPTFace,
-    pairs: TokenSet,  # not trained on, captions that fit
+    pairs: TokenSet,  # not trained on
     count: int,
 ) -> list[Row]:
     "How well it matches and fills in."

@@ -134,8 +134,8 @@ def span_lengths(
 
 
 def text_count(pieces: int, ratio: float) -> int:  # pieces to hide
-    "The text budget: one piece at least, where there is one."
-    return min(pieces, max(1, round(ratio * pieces)))
+    "The text budget: one piece at least, where there is one; none where the ratio is 0."
+    return min(pieces, max(1, round(ratio * pieces))) if ratio else 0
 
 # %% ../../nbs/gptface/14_masking.ipynb #text-span
 def text_random(

@@ -120,7 +120,10 @@ def occlusion_of(
     grow: float = 0.03,  # of the side
     least: float = 0.004,  # smallest patch, share of the crop
 ) -> Bool[np.ndarray, "s s"]:  # empty where nothing is in the way
-    "What is in front of a face (ours)."
+    "What is in front of a face (ours). Raises `InputError` where `also` names a part that the parser does not know."
+    also = (also,) if isinstance(also, str) else tuple(also)
+    if strange := [part for part in also if part not in classes]:
+        raise InputError("also", repr(strange[0]), ", ".join(classes), "Name parts that the parser knows.")
     from skimage.draw import polygon2mask
 
     jaw, brows = points[:17], points[17:27][::-1]
@@ -130,7 +133,8 @@ def occlusion_of(
     patches, count = label((strange & outline) | named)
     sizes = np.bincount(patches.ravel(), minlength=count + 1)
     kept = np.isin(patches, 1 + np.flatnonzero(sizes[1:] > least * labels.size))
-    return binary_dilation(binary_fill_holes(kept), iterations=max(1, round(grow * len(labels)))) if kept.any() else kept
+    kept, rings = binary_fill_holes(kept), round(grow * len(labels))
+    return binary_dilation(kept, iterations=rings) if rings else kept
 
 # %% ../../nbs/gptface/57_regions.ipynb #training
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class VQGANTraining:
 
     net: VQGANConfig = VQGANS["gptface"]  # paper 4.1
     objective: VQGANObjective = VQGANObjective()
-    perceptual: str = "lpips"  # a name of facelab.nets.lpips  # authors' code (VQGAN)
+    perceptual: str = "auto"  # a name of facelab.nets.lpips; auto: lpips where its weights are here, else gradients, and `TrainedVQGAN.perceptual` says which  # authors' code (VQGAN): lpips
     discriminator: PatchConfig | None = field(default_factory=PatchConfig)  # None: no adversary  # authors' code (VQGAN)
     steps: int = 1_000_000  # ours; the paper says nothing
     batch: int = 192  # pictures of a step, over all processes  # ours: that of the paper's transformer

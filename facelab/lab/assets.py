@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'EITHER', 'BASEL', 'MARKS', 'MPI', 'FLAME_PAGE', 'NGC', 'NVIDIA', 'INSIGHT', 'RESEARCH', 'Asset',
-           'assets_dir', 'shapes_in', 'find_asset', 'first_asset', 'list_assets', 'main']
+           'assets_dir', 'shapes_in', 'find_asset', 'first_asset', 'asset_state', 'what_is_checked', 'list_assets',
+           'main']
 
 # %% ../../nbs/lab/30_assets.ipynb #imports
 import argparse
@@ -144,6 +145,11 @@ _add(
         "https://download.pytorch.org/models/vgg16-397923af.pth and https://github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1/vgg.pth",
         "", {"vgg16-397923af.pth": (), "vgg.pth": ()}, unsure="addresses and terms: from memory",
     ),
+    Asset(
+        "lpips-alex", "LPIPS: torchvision's AlexNet and the weights of its layers, 2.5 M weights", ("my3dgen",), "BSD 2-clause (LPIPS), BSD 3-clause (torchvision); AlexNet was trained on ImageNet: confirm on the pages",
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth and https://github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1/alex.pth",
+        "", {"alexnet-owt-7be5be79.pth|alexnet-owt-4df8aa71.pth": (), "alex.pth": ()}, unsure="addresses and terms: from memory",
+    ),
 )  # fmt: skip
 
 # %% ../../nbs/lab/30_assets.ipynb #sets
@@ -275,30 +281,46 @@ def first_asset(
     raise missing
 
 # %% ../../nbs/lab/30_assets.ipynb #list-assets
+def asset_state(
+    name: str,  # of `ASSETS`
+) -> tuple[str, Path | None]:  # present, missing, or what is wrong; where it was found
+    "Is an asset here, and does it hold what it should?"
+    try:
+        return "present", find_asset(name)
+    except AssetError as error:
+        return "missing" if error.came == "it is not there" else f"wrong: {error.came}", None
+
+
+def what_is_checked(
+    asset: Asset,
+) -> str:  # in words
+    "What `find_asset` looks at before it gives a path away."
+    if not asset.file:
+        return "in the folder: " + ", ".join(" or ".join(name.split("|")) + (f" with {held[0]} = {held[1]!r}" if held else "") for name, held in asset.holds.items())
+    if asset.holds:
+        return "the arrays " + ", ".join(name + (f" ({', '.join(map(str, wanted))})" if wanted is not None else "") for name, wanted in asset.holds.items())
+    return f"its first bytes, and that it has {asset.min_bytes:,} bytes or more"
+
+
 def list_assets(
     check: bool = True,  # look into the files too; False: only whether they are there
 ) -> list[tuple[str, str, str]]:  # name; present, missing, or what is wrong; terms
     "State of every asset."
-    rows = []
-    for name, asset in ASSETS.items():
-        try:
-            home = assets_dir() / name / asset.file
-            state = "present" if (find_asset(name) if check else home.exists()) else "missing"
-        except AssetError as error:
-            state = "missing" if error.came == "it is not there" else f"wrong: {error.came}"
-        rows.append((name, state, asset.terms))
-    return rows
+    there = lambda name: "present" if (assets_dir() / name / ASSETS[name].file).exists() else "missing"
+    return [(name, asset_state(name)[0] if check else there(name), asset.terms) for name, asset in ASSETS.items()]
 
 
 def main(args: list[str] | None = None):
     "`python -m facelab.lab.assets [name ...]`: the list, or all about some."
     parser = argparse.ArgumentParser(prog="python -m facelab.lab.assets", description="Licensed files: which are here, under which terms.")
     parser.add_argument("names", nargs="*", help="tell all about these")
-    for name in (chosen := parser.parse_args(args).names):
+    chosen = parser.parse_args(args).names
+    for name in [each for asked in chosen for each in EITHER.get(asked, (asked,))]:
         if name not in ASSETS:
-            parser.error(f"no asset {name!r}; one of {', '.join(ASSETS)}")
-        asset = ASSETS[name]
-        lines = {"what": asset.what, "papers": ", ".join(asset.papers), "terms": asset.terms, "from": asset.where, "put it at": assets_dir() / name / asset.file} | ({"beside": asset.beside} if asset.beside else {}) | {"unverified": asset.unsure or "nothing"}
+            parser.error(f"no asset {name!r}; one of {', '.join([*ASSETS, *EITHER])}")
+        asset, (state, found) = ASSETS[name], asset_state(name)
+        lines = {"what": asset.what, "papers": ", ".join(asset.papers), "terms": asset.terms, "from": asset.where, "put it at": assets_dir() / name / asset.file, "checked": what_is_checked(asset), "here": f"{state}, {found}" if found else state}
+        lines |= ({"beside": asset.beside} if asset.beside else {}) | {"unverified": asset.unsure or "nothing"}
         print(name, *(f"  {key:11}{text}" for key, text in lines.items()), sep="\n")
     if not chosen:
         print(f"folder: {assets_dir()} (set FACELAB_ASSETS to use another)")

@@ -21,10 +21,10 @@ from .errors import InputError
 from .files import atomic_write, write_csv, write_json
 from .parallel import check_device, first_process
 from .paths import build_dir, root
-from .profile import PROFILES, changed_value, profile_values, stages, walked_profile
+from .profile import PROFILES, changed_value, check_values, parameters_cell, profile_values, stages, walked_profile
 from .progress import seed_everything
 from .record import Record, Row, package_versions, run_cost
-from .table import stage_table, wide_table, wide_tables
+from .table import print_record, stage_table, wide_table, wide_tables
 
 # %% ../../nbs/lab/80_run.ipynb #job
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)  # fall-backs and skipped items, said to the reader
     device: str = "cpu"
     seconds: dict[str, float] = field(default_factory=dict)  # what a part took, such as one face; never part of the committed record
+    films: dict[str, bytes] = field(default_factory=dict)  # name -> a small GIF
 
 # %% ../../nbs/lab/80_run.ipynb #run-stage
 @dataclass
@@ -105,18 +106,21 @@ def run_stage(
     folder: str | Path | None = None,  # where results go; results/<stage> by default
     function: Callable[[Job], Outcome] | None = None,  # instead of the one that dvc.yaml names
 ) -> Run:
-    "Run an experiment and write its record, table and figures. Raises `InputError` for parameters that the profile does not have."
+    "Run an experiment and write its record, table and figures. Raises `InputError` for parameters that the profile does not have, and for values of another kind than the notebook's."
     expected = profile_values(stage, profile)
     values = expected if values is None else dict(values)
     if set(values) != set(expected):
         odd = ", ".join(sorted(set(values) ^ set(expected)))
         raise InputError(f"parameters of {stage}", f"not the profile's: {odd}", ", ".join(sorted(expected)), "Make the parameters cell and profiles/*/ agree.")
+    if stage not in (known := stages()):
+        raise InputError(f"stage {stage!r}", "not an experiment of dvc.yaml", ", ".join(known), "Give it meta.run there.")
+    check_values(known[stage], values, expected | (parameters_cell(root() / known[stage].notebook) if known[stage].notebook else {}))
     if "device" in values:
         check_device(values["device"])
     job = Job(stage, profile, at_home(values, expected, profile))
     seed_everything(int(values.get("seed", 0)), values.get("threads"))
     began = time.monotonic()
-    outcome = (function or named_function(stages()[stage].run))(job)
+    outcome = (function or named_function(known[stage].run))(job)
     status = "smoke" if profile == "smoke" else "full"
     record = Record(
         stage, stage.split("-")[0], profile, status, int(values.get("seed", 0)), values, outcome.rows, outcome.inputs, package_versions(), outcome.device, outcome.notes, outcome.not_run,
@@ -140,11 +144,14 @@ def named_function(
 
 
 def save_results(record: Record, outcome: Outcome, folder: Path, cost: dict):
-    "Write record, tables, figures (`results/<stage>`) and the cost (`build/records`)."
+    "Write record, tables, figures, films (`results/<stage>`) and the cost (`build/records`)."
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in outcome.figures.items():
         with atomic_write(folder / f"{name}.png", "wb") as file:
             figure.savefig(file, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+    for name, film in outcome.films.items():
+        with atomic_write(folder / f"{name}.gif", "wb") as file:
+            file.write(film)
     for name, table in outcome.tables.items():
         write_csv(folder / f"{name}.csv", table)
     write_csv(folder / "table.csv", stage_table(record))
@@ -180,6 +187,7 @@ def main(
         print(list_text())
         return 0
     try:
+        args.stage = args.stage.replace("_", "-")  # as one types a module's name
         values = profile_values(args.stage, args.profile)
         for change in args.set:
             key, value = changed_value(change, values)
@@ -188,7 +196,7 @@ def main(
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(*(table.to_markdown() for table in run.tables), sep="\n\n")
+    print_record(run.record, {f"seconds_{name}": value for name, value in run.outcome.seconds.items()})
     print(f"written to {run.folder}")
     return 0
 

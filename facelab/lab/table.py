@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'REFERENCE_COLUMNS', 'stage_table', 'in_words', 'wide_table', 'wide_tables', 'beside_reference', 'collect',
-           'merge_tables', 'show', 'main']
+           'merge_tables', 'print_record', 'show', 'main']
 
 # %% ../../nbs/lab/50_table.ipynb #imports
 import sys
@@ -124,24 +124,34 @@ def merge_tables(
     return merged
 
 # %% ../../nbs/lab/50_table.ipynb #show
+def print_record(
+    record: Record,
+    cost: dict,  # seconds, and seconds_<part>; what is known of them
+    more: str = "",  # behind its status
+    out=None,  # a text stream; standard output by default
+):
+    "Print a record: its tables, its notes, what was not run and why, what a part took."
+    print(f"{record.stage} ({record.profile} profile, {record.status}{more})", file=out)
+    print(*(table.to_markdown() for table in wide_tables(record)), sep="\n\n", file=out)
+    for line in [*record.notes, *(f"{name} was not run: {why}" for name, why in record.not_run.items())]:
+        print(f"note: {line}", file=out)
+    for name, seconds in cost.items():
+        if name.startswith("seconds_"):
+            print(f"time here: {seconds:.3g} s {name.removeprefix('seconds_').replace('_', ' ')}", file=out)
+
+
 def show(
     results: str | Path | None = None,  # results/
     out=None,  # a text stream; standard output by default
 ):
     "Print every table with its cost on this machine and its place."
     folder = Path(results or root() / "results")
-    out = out or sys.stdout
     for record in collect(folder):
         note = root() / "build" / "records" / f"{record.stage}.json"
         cost = read_json(note) if note.is_file() else {}
-        took = f", took {cost['seconds']:.0f} s here" if cost else ""
-        print(f"\n{record.stage} ({record.profile} profile, {record.status}{took})", file=out)
-        print(*(table.to_markdown() for table in wide_tables(record)), sep="\n\n", file=out)
-        for line in [*record.notes, *(f"{name} was not run: {why}" for name, why in record.not_run.items())]:
-            print(f"note: {line}", file=out)
-        for name, seconds in cost.items():
-            if name.startswith("seconds_"):
-                print(f"time here: {seconds:.3g} s {name.removeprefix('seconds_').replace('_', ' ')}", file=out)
+        took = f", took {cost['seconds']:.0f} s here" if cost else ", committed record; not run here"
+        print(file=out)
+        print_record(record, cost, took, out)
     print(f"\nTables and figures: {folder.name}/<stage>/, executed notebooks: runs/<stage>.ipynb, all rows: {folder.name}/tables.csv", file=out)
 
 # %% ../../nbs/lab/50_table.ipynb #main

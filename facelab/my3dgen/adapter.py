@@ -42,9 +42,13 @@ class AdapterConfig:
     extras: bool = True  # biases, noise strengths and the learned map as well  # authors' code
 
     def __post_init__(self):
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and 1 <= self.rank <= 2**15
+        scale = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool) and abs(self.alpha) < 1e9
+        if not whole or not scale or self.shapes not in ("my3dgen", "loralib") or not isinstance(self.extras, bool):
+            raise InputError("AdapterConfig", f"rank {self.rank!r}, alpha {self.alpha!r}, shapes {self.shapes!r}, extras {self.extras!r}", "a whole rank of 1 to 32,768, an alpha below 1e9, 'my3dgen' or 'loralib', True or False", "Correct the values.")
+        if not isinstance(self.places, (tuple, list)) or not self.places or not all(isinstance(place, str) for place in self.places):
+            raise InputError("AdapterConfig.places", repr(self.places), "names, at least one", f"Places are network.kind, for example {PLACES[0]}.")
         object.__setattr__(self, "places", tuple(self.places))
-        if self.rank < 1 or self.shapes not in ("my3dgen", "loralib") or not self.places:
-            raise InputError("AdapterConfig", f"rank {self.rank}, shapes {self.shapes!r}, places {self.places}", "rank 1 or more, 'my3dgen' or 'loralib', at least one place", f"Places are network.kind, for example {PLACES[0]}.")
         if odd := [place for place in self.places if place.rpartition(".")[2] not in ("conv", "torgb", "affine")]:
             raise InputError("AdapterConfig.places", repr(odd[0]), f"network.conv, network.torgb or network.affine, such as {PLACES}", "Correct the name.")
 
@@ -241,13 +245,15 @@ def load_adapter(
     config = build_config(AdapterConfig, said.get("config"))
     if check and said.get("base") != (base := base_hash(generator)):
         raise InputError(folder, f"an adapter for the base {str(said.get('base'))[:12]}", f"one for {base[:12]}", "Load the generator that it was made for (and merge nothing into it first). check=False takes it on trust.")
-    adapter, tensors = Adapter(generator, config), read_safetensors(folder / "adapter_model.safetensors")
+    with torch.device("meta"):  # a file may say any rank: nothing is made before the shapes agree
+        adapter = Adapter(generator, config)
+    tensors = read_safetensors(folder / "adapter_model.safetensors")
     wanted, found = ({name: tuple(value.shape) for name, value in state.items()} for state in (adapter.state_dict(), tensors))
     if odd := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise InputError(folder / "adapter_model.safetensors", f"{odd[0]} of shape {found.get(odd[0], 'nothing')}", f"{wanted.get(odd[0], 'nothing')} at rank {config.rank} on this generator ({len(odd)} of {len(wanted)} differ)", "The files are of two adapters, or of another rank or generator.")
     if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
         raise InputError(folder / "adapter_model.safetensors", f"{bad[0]} with values that are not finite", "finite numbers", "The tuning diverged, or the file is damaged.")
-    adapter.load_state_dict({name: value.float() for name, value in tensors.items()})
+    adapter.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return adapter.requires_grad_(False).to(next(generator.parameters()).device)
 
 # %% ../../nbs/my3dgen/20_adapter.ipynb #merge

@@ -13,17 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
 from ..face.camera import EG3D_UNIT_MM, Camera
 from ..lab.errors import InputError, ShapeError
-from ..lab.files import atomic_write
 from .alpha_space import AlphaStyles, mix, project_weights, sample_weights
 from .directions import Direction, move
+from .head_mesh import write_video
 from .personalize import PersonalPrior
-from .styles import InversionConfig, fit_styles
+from .styles import InversionConfig, check_photos, fit_styles
 from ..nets.eg3d import EG3DConfig
 
 # %% ../../nbs/my3dgen/54_applications.ipynb #cameras
@@ -84,6 +83,7 @@ def invert_alpha(
     seed: int = 0,
 ) -> InSpace:
     "Inversion in the space of the anchors (My3DGen 3.3; MyStyle)."
+    check_photos(photos, cams, prior.generator.config.size)
     start = None if near is None else project_weights(near, prior.anchors, beta)
     module = AlphaStyles(prior.anchors, len(photos), beta, plus, start)
     loss = fit_styles(prior.generator, module, photos, cams, config, 0.0, prior.adapter, scratch, seed, "invert between anchors")
@@ -124,17 +124,19 @@ def edit(
     styles: Float[Tensor, "n l d"],
     direction: Direction,
     strengths: Sequence[float],  # deviations; below 0: less of it
-    cam: Float[Tensor, "1 25"],
+    cam: Float[Tensor, "m 25"],  # one for all, or one a style; of one style any number
     inside: bool = True,  # the direction within the anchors' span
     beta: float | None = None,  # then back into P_beta; None: not
-) -> list[Float[Tensor, "n 3 s s"]]:  # pictures of each strength
-    "More or less of an attribute (My3DGen 4.4)."
-    rows = []
+) -> list[Float[Tensor, "_ 3 s s"]]:  # pictures of each strength
+    "More or less of an attribute (My3DGen 4.4). Raises `ShapeError` for styles and cameras that do not go together."
+    rows, views = [], max(len(styles), len(cam))
+    if not {len(styles), len(cam)} <= {1, views}:
+        raise ShapeError("edit", f"{len(styles)} styles, {len(cam)} cameras", "as many of both, or one of either", "Repeat the styles, or the cameras.")
     for strength in strengths:
         moved = move(styles, direction, float(strength), prior.anchors if inside else None)
         if beta is not None:
             moved = mix(project_weights(moved, prior.anchors, beta), prior.anchors)
-        rows.append(prior.render(moved, cam.expand(len(moved), -1)).image)
+        rows.append(prior.render(moved, cam.expand(views, -1)).image)
     return rows
 
 # %% ../../nbs/my3dgen/54_applications.ipynb #sheet
@@ -155,13 +157,11 @@ def sheet(
 
 
 def reel(
-    path: str | Path,  # ends in .gif
+    path: str | Path,  # ends in .gif, or in .mp4 where imageio-ffmpeg is installed
     frames: Float[Tensor, "n 3 s s"],  # about -1..1
     rate: float = 12.0,  # frames a second
     scale: int = 3,  # pixels are repeated this often
 ) -> Path:
-    "A film, forth and back."
-    path, pages = Path(path), [Image.fromarray(np.kron(sheet([frame[None]]), np.ones((scale, scale, 1), np.uint8))) for frame in [*frames, *frames.flip(0)[1:-1]]]
-    with atomic_write(path, "wb") as file:
-        pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], duration=int(1000 / rate), loop=0)
-    return path
+    "A film, forth and back. Raises `InputError` for another ending, or no frames."
+    pages = [np.kron(sheet([frame[None]]), np.ones((scale, scale, 1), np.uint8)) for frame in [*frames, *frames.flip(0)[1:-1]]]
+    return write_video(path, np.array(pages, np.uint8), rate)

@@ -9,12 +9,11 @@ __all__ = ['PEOPLE', 'crowd', 'run']
 import torch
 
 from ..lab.clock import least_seconds
-from ..lab.inputs import input_hash
 from ..lab.record import Row
 from ..lab.run import Job, Outcome
 from .adapter import Adapter, AdapterConfig
 from .applications import yaw_cams
-from .eg3d_base import open_eg3d
+from .eg3d_base import generator_inputs, open_eg3d
 from .reconstruct import pick_device
 from .serving import mixed_batch_cost, serving_table
 from ..nets.eg3d import EG3DS, Generator
@@ -65,5 +64,4 @@ def run(
         rows.append(Row("EG3D, FFHQ 512", "pictures a second", 1 / seconds, n=job.repeats, better="higher", data="random weights, 512 pixels"))
     else:
         not_run["EG3D, FFHQ 512 on a GPU"] = "no GPU here, or the profile asks for none"
-    inputs = {"bases/eg3d": input_hash("bases/eg3d/model.safetensors")} if job.generator == "base" else {job.generator: input_hash(job.generator)}
-    return Outcome(rows, tables={"serving": table}, not_run=not_run, inputs=inputs, device=device)
+    return Outcome(rows, tables={"serving": table}, not_run=not_run, inputs=generator_inputs(job.generator), device=device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DensityFn', 'LEVEL', 'density_grid', 'largest_body', 'density_surface', 'head_surface', 'save_head', 'orbit_labels',
-           'swing', 'to_pixels', 'write_video', 'turntable', 'depth_shades', 'view_normals']
+           'swing', 'to_pixels', 'gif_bytes', 'write_video', 'turntable', 'depth_shades', 'view_normals']
 
 # %% ../../nbs/my3dgen/30_head_mesh.ipynb #imports
 import io
@@ -152,6 +152,16 @@ def to_pixels(
     return (image.detach().clamp(-1, 1).add(1).mul(127.5) + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def gif_bytes(
+    frames: np.ndarray,  # n h w 3 uint8
+    rate: float = 15.0,  # frames a second
+) -> bytes:
+    "A GIF that goes round; the same frames give the same bytes."
+    held, pictures = io.BytesIO(), [Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    pictures[0].save(held, "GIF", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / rate)), loop=0)
+    return held.getvalue()
+
+
 def write_video(
     path: str | Path,  # .gif, or .mp4 where imageio-ffmpeg is installed
     frames: np.ndarray,  # n h w 3 uint8
@@ -162,9 +172,7 @@ def write_video(
     if kind not in (".gif", ".mp4") or frames.ndim != 4 or not len(frames) or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise InputError(path, f"the ending {kind!r}, frames {frames.dtype} {frames.shape}", ".gif or .mp4, uint8 (n, h, w, 3)", "Make frames with to_pixels.")
     if kind == ".gif":
-        held, pictures = io.BytesIO(), [Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
-        pictures[0].save(held, "GIF", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / rate)), loop=0)
-        data = held.getvalue()
+        data = gif_bytes(frames, rate)
     else:
         try:
             import imageio_ffmpeg

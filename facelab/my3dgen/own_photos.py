@@ -78,7 +78,8 @@ def fit_pose(
     "The pose that explains 68 points. Raises `InputError` where none does."
     at = np.asarray(landmarks_2d, np.float64)
     if at.shape != (68, 2) or not np.isfinite(at).all() or np.ptp(at, axis=0).min() < 2:
-        raise InputError("landmarks", f"shape {at.shape}, spread over {np.ptp(at[np.isfinite(at).all(-1)], axis=0).round(1).tolist() if at.ndim == 2 else 0} pixels", "68 finite points of a face, in iBUG's order", "Was a face found there?")
+        finite = at[np.isfinite(at).all(-1)] if at.ndim == 2 else at[:0]
+        raise InputError("landmarks", f"shape {at.shape}, {len(finite)} finite, spread over {np.ptp(finite, axis=0).round(1).tolist() if len(finite) else 0} pixels", "68 finite points of a face, in iBUG's order", "Was a face found there?")
     mean, bases = head_points()
     eyes, mouth = at[36:48].mean(0), at[48:60].mean(0)
     down = mouth - eyes
@@ -156,14 +157,14 @@ def ffhq_crop(
 
 def sharpness(
     crop: UInt8[np.ndarray, "s s 3"],
-) -> float:  # about 1 to 10 for a sharp photo
-    "How much of the crop's contrast is fine: its middle half at 256 pixels against a blurred copy (ours)."
+) -> float:  # 20 to 50 for sharp photos, 10 to 20 under a blur of 2 pixels of 256, below 6 under one of 6 or more (42 drawn faces and a portrait)
+    "How much of the detail in the crop's middle half is fine (ours)."
     from scipy.ndimage import gaussian_filter
 
     side = len(crop)
     grey = np.asarray(Image.fromarray(crop[side // 4 : -side // 4 or None, side // 4 : -side // 4 or None]).convert("L").resize((128, 128), Image.BICUBIC), np.float64)
-    fine = grey - gaussian_filter(grey, 1.5)
-    return float(100 * fine.std() / max(grey.std(), 1e-6))
+    fine, detail = (grey - gaussian_filter(grey, deviation) for deviation in (1.5, 10.0))
+    return float(100 * np.sqrt(max(fine.var() - 0.25, 0.0)) / max(detail.std(), 1e-6))  # three roundings leave a twelfth each
 
 # %% ../../nbs/my3dgen/32_own_photos.ipynb #which-face
 def points_in(
@@ -216,7 +217,7 @@ def own_photo(
     points: str | Path | np.ndarray | None = None,  # 68 landmarks, or a .pts file; None: a .pts beside the photo, or a detector
     detector: LandmarkDetector | None = None,  # who marks the points; None: the lab's own
     which: int | None = None,  # of several faces, the largest is 0
-    least_sharp: float = 2.0,  # of `sharpness`; less is refused; 0: anything
+    least_sharp: float = 7.0,  # of `sharpness`; less is refused; 0: anything
     finder: Callable | None = None,  # photo -> faces; None: `face_finder`
 ) -> OwnPhoto:
     "Your photo with its camera: crop and 25 numbers. Raises `InputError` for no face, several, a blurred one, or points that are no face."

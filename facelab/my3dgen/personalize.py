@@ -43,7 +43,10 @@ class PersonalConfig:
 
 
 PERSONAL = {
-    "paper": PersonalConfig(),
+    "paper": PersonalConfig(
+        inversion=InversionConfig(loss=PhotoLoss(network="lpips")),  # authors' code (projector): VGG's features
+        tuning=TuneConfig(loss=PhotoLoss(network="lpips_alex")),
+    ),  # authors' code
     "mini": PersonalConfig(
         inversion=InversionConfig(steps=60, rate=0.08, cooldown=0.5, noise=0.0, later=0.5, loss=SMALL_LOSS),
         tuning=TuneConfig(steps=150, rate=5e-3, betas=(0.9, 0.99), cosine=True, loss=SMALL_LOSS),
@@ -63,8 +66,8 @@ def render_views(
 ) -> Rendered:  # on the CPU
     "Views of styles. Raises `ShapeError` for styles that are not finite, or not as many as cameras."
     styles, device = check_styles(styles, generator), next(generator.parameters()).device
-    if len(styles) not in (1, len(cams)):
-        raise ShapeError("render_views", f"{len(styles)} styles, {len(cams)} cameras", "one style a camera, or one for all", "Repeat the styles, or the cameras.")
+    if len(styles) not in (1, len(cams)) or not len(cams):
+        raise ShapeError("render_views", f"{len(styles)} styles, {len(cams)} cameras", "one camera or more, and one style a camera or one for all", "Repeat the styles, or the cameras.")
     changes = None if adapter is None else adapter.to(device).changes(generator)
     still = len(styles) == 1 and (meshes is None or len(meshes.hit) == 1)
     given = lambda rows: {} if meshes is None else {"views": MeshViews(*(part.to(device) for part in (meshes if len(meshes.hit) == 1 else meshes.pick(rows))))}

@@ -27,7 +27,7 @@ class PhotoLoss:
     perceptual: float = 1.0  # of LPIPS on the picture  # authors' code
     raw_perceptual: float = 1.0  # of LPIPS on the raw picture  # authors' code
     norm: str = "l2"  # or l1  # authors' code
-    network: str = "auto"  # lpips, random_vgg, gradients, none; auto: LPIPS where its weights are, gradients elsewhere  # ours
+    network: str = "auto"  # lpips_alex (authors' code), lpips (VGG's), random_vgg, gradients, none; auto: VGG's where its weights are, gradients elsewhere  # ours
 
     def __post_init__(self):
         if self.norm not in ("l1", "l2") or self.network not in PERCEPTUAL or min(self.image, self.raw, self.perceptual, self.raw_perceptual) < 0:
@@ -60,6 +60,6 @@ def photo_terms(
     terms = {"image": how.image * far(seen.image, photos), "raw": how.raw * far(seen.raw, small)}
     if how.perceptual:
         terms["perceptual"] = how.perceptual * distance(seen.image, photos)
-    if how.raw_perceptual and small.shape[-1] >= 16:
+    if how.raw_perceptual and small.shape[-1] >= distance.least:
         terms["raw_perceptual"] = how.raw_perceptual * distance(seen.raw, small)
     return {"loss": sum(terms.values()), **terms}

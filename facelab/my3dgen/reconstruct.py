@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['YAWS', 'METHODS', 'UNITS', 'personal_config', 'pick_device', 'used', 'identity_of', 'view_scores', 'better_of',
-           'turned_by', 'PersonScores', 'one_person', 'yaw_values', 'score_rows', 'yaw_figure', 'page_figure', 'run']
+           'turned_by', 'PersonScores', 'person_place', 'keep_scores', 'kept_scores', 'personal_prior', 'one_person',
+           'yaw_values', 'score_rows', 'yaw_figure', 'page_figure', 'run']
 
 # %% ../../nbs/my3dgen/70_reconstruct.ipynb #imports
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -17,7 +20,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ..lab.checkpoint import code_fingerprint, fingerprint
 from ..lab.errors import InputError
+from ..lab.files import read_json, write_json
+from ..lab.images import read_image, write_image
 from ..lab.inputs import input_hash
 from ..lab.progress import seed_everything
 from ..lab.record import Row, measured
@@ -25,11 +31,12 @@ from ..lab.run import Job, Outcome
 from ..lab.side_by_side import over_ranks
 from .adapter import Adapter
 from .applications import sheet
-from .eg3d_base import open_eg3d
+from .eg3d_base import generator_inputs, open_eg3d
 from .likeness import depth_error, identity_cosine, psnr, ssim
 from .marked import MARKS, MomentViews
 from .people import prepare_people, sitter_of
 from .personalize import PERSONAL, PersonalConfig, PersonalPrior, render_views
+from .portraits import Portraits
 from .styles import InversionConfig, invert
 from .tuning import PTI, pivotal, tune_whole
 from ..nets.eg3d import Generator
@@ -60,8 +67,7 @@ def used(
     job: Job,  # generator, embedder
 ) -> dict[str, str]:  # name -> hash
     "The weights that a stage used, for its record."
-    inputs = {"bases/eg3d": input_hash("bases/eg3d/model.safetensors")} if job.generator == "base" else {job.generator: input_hash(job.generator)}
-    return inputs | ({"bases/identity": input_hash("bases/identity/model.safetensors")} if job.embedder == "base" else {})
+    return generator_inputs(job.generator) | ({"bases/identity": input_hash("bases/identity/model.safetensors")} if job.embedder == "base" else {})
 
 # %% ../../nbs/my3dgen/70_reconstruct.ipynb #measure
 def identity_of(
@@ -110,18 +116,19 @@ def turned_by(
     tests: Sequence[MomentViews],  # the first view of each is the photo
     how: InversionConfig,
     device: str,
+    scratch: Path | None = None,  # folder under which a killed run's trainings lie
 ) -> list:  # a Rendered for each test
     "Held-out photos, inverted and rendered from all sides."
     photos, cams = (torch.cat([getattr(test, name)[:1] for test in tests]) for name in ("images", "cams"))
     adapter: Adapter | None = prior.adapter if method == "My3DGen" else None
-    net = whole if method == "full fine-tuning" else base
-    styles = invert(net, photos, cams, how, adapter, seed=job.seed, label=f"{prior.about}: {method}", device=device).styles
+    net, under = whole if method == "full fine-tuning" else base, lambda name: None if scratch is None else scratch / f"{METHODS.index(method)}-{name}"
+    styles = invert(net, photos, cams, how, adapter, scratch=under("styles"), seed=job.seed, label=f"{prior.about}: {method}", device=device).styles
     found = []
     for k, test in enumerate(tests):
         own = net
         if method == "pretrained + PTI":
             few = PTI if job.recipe == "paper" else replace(PTI, rate=1e-3, stop_at=0.0, loss=how.loss)
-            own = pivotal(base, photos[k : k + 1], cams[k : k + 1], styles[k : k + 1], replace(few, steps=job.pti_steps or few.steps), seed=job.seed, label=f"{prior.about}: PTI {k + 1} of {len(tests)}", device=device)
+            own = pivotal(base, photos[k : k + 1], cams[k : k + 1], styles[k : k + 1], replace(few, steps=job.pti_steps or few.steps), scratch=under(f"pivotal-{k}"), seed=job.seed, label=f"{prior.about}: PTI {k + 1} of {len(tests)}", device=device)
         found.append(render_views(own, styles[k : k + 1], test.cams, adapter))
     return found
 
@@ -137,6 +144,43 @@ class PersonScores(NamedTuple):
     who: str = ""  # the mark of a drawn person, the folder of a real one
 
 
+def person_place(
+    job: Job,  # as for `run`
+    number: int,
+    photos: Portraits,
+) -> Path:  # in the stage's scratch folder
+    "Where a person is kept until the stage has ended."
+    values = {name: value for name, value in job.values.items() if name != "workers"}
+    return job.scratch() / f"person_{number}-{fingerprint([values, used(job), photos.images, photos.cams, code_fingerprint()])[:12]}"
+
+
+def keep_scores(place: Path, scores: PersonScores):
+    "Write what was measured of a person, the numbers last."
+    write_image(place / "page.png", scores.page)
+    write_json(place / "scores.json", {name: value for name, value in scores._asdict().items() if name != "page"})
+
+
+def kept_scores(place: Path) -> PersonScores | None:  # None where they are not there
+    "Read it again."
+    return PersonScores(**read_json(place / "scores.json"), page=read_image(place / "page.png")) if (place / "scores.json").is_file() else None
+
+
+def personal_prior(
+    job: Job,  # as for `run`
+    number: int,
+    base: Generator,
+    photos: Portraits,
+    place: Path,  # of the person
+    about: str,
+) -> PersonalPrior:
+    "The person's prior, of this run or of the one that was killed; always as the files have it."
+    if not (place / "prior" / "adapter_config.json").is_file():
+        PersonalPrior.personalize(base, photos, personal_config(job), place / "work" / "prior", job.seed, about, pick_device(job)).save(place / "prior", half=False)
+    prior = PersonalPrior.load(place / "prior", base)
+    prior.save(job.checkpoint() / f"person_{number}")
+    return prior
+
+
 def one_person(
     job: Job,  # as for `run`
     number: int,
@@ -144,22 +188,26 @@ def one_person(
     "Personalize, compare, and keep the adapter."
     seed_everything(job.seed, job.threads)
     base, device, config = open_eg3d(job.generator, pick_device(job)), pick_device(job), personal_config(job)
+    embedder, distance = trained_embedder(job.embedder), config.tuning.loss.open()
     sides = [0, *(sign * yaw for yaw in YAWS[1:] for sign in (1, -1))]
     who, photos, _, tests = sitter_of(job, number, base.config, job.photos, sides)
-    about = f"person {number} ({who})"
-    prior = PersonalPrior.personalize(base, photos, config, job.scratch() / f"person_{number}", job.seed, about, device)
-    prior.save(job.checkpoint() / f"person_{number}")
+    about, place = f"person {number} ({who})", person_place(job, number, photos)
+    prior, work = personal_prior(job, number, base, photos, place, about), place / "work"
+    if (done := kept_scores(place)) is not None:
+        return done
     full = replace(config.tuning, rate=job.full_rate or config.tuning.rate)
-    whole, _ = tune_whole(base, photos.images, photos.cams, prior.anchors, full, seed=job.seed, label=f"{about}: full", device=device)
+    whole, _ = tune_whole(base, photos.images, photos.cams, prior.anchors, full, scratch=work / "whole", seed=job.seed, label=f"{about}: full", device=device)
     anchored = {"pretrained": (base, None), "full fine-tuning": (whole, None), "My3DGen": (base, prior.adapter)}
     train = {name: psnr(render_views(net, prior.anchors, photos.cams, adapter).image, photos.images).tolist() for name, (net, adapter) in anchored.items()}
-    embedder, distance = trained_embedder(job.embedder), config.inversion.loss.open()
-    seen = {method: turned_by(job, method, base, prior, whole, tests, replace(config.inversion, later=1.0), device) for method in METHODS}
+    seen = {method: turned_by(job, method, base, prior, whole, tests, replace(config.inversion, later=1.0), device, work) for method in METHODS}
     views = {method: [view_scores(r.image, r.depth, test, embedder, distance) for r, test in zip(seen[method], tests)] for method in METHODS}
     order = np.argsort(sides)
     truth = torch.cat([tests[0].images[: tests[0].known], torch.ones_like(tests[0].images[len(sides) if tests[0].known is None else tests[0].known :])])
     page = sheet([truth[order], *(seen[method][0].image[order] for method in METHODS)])
-    return PersonScores(number, views, train, page, distance.name, who)
+    scores = PersonScores(number, views, train, page, distance.name, who)
+    keep_scores(place, scores)
+    shutil.rmtree(work, ignore_errors=True)
+    return scores
 
 # %% ../../nbs/my3dgen/70_reconstruct.ipynb #rows
 def yaw_values(

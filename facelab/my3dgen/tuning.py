@@ -22,7 +22,7 @@ from ..lab.schedule import Constant, Cosine
 from ..lab.train import Items, Player, Step, TrainConfig, Training, train
 from .adapter import Adapter
 from .photo_loss import PhotoLoss, photo_terms
-from .styles import check_styles
+from .styles import check_photos, check_styles
 from ..nets.eg3d import Generator
 from ..nets.texture_planes import MeshViews
 from ..nets.volume import random_draws
@@ -38,7 +38,7 @@ class TuneConfig:
     betas: tuple[float, float] = (0.0, 0.99**0.8)  # authors' code
     cosine: bool = False  # the rate falls as half a cosine  # ours
     jitter: bool = True  # random samples along rays, as in EG3D's training  # authors' code
-    stop_at: float = 0.0  # the perceptual term below which it ends; 0: never  # authors' code of PTI: .06
+    stop_at: float = 0.0  # the perceptual term below which it ends; 0: never  # authors' code of PTI: .06 of LPIPS with AlexNet
     loss: PhotoLoss = field(default_factory=PhotoLoss)
 
     def __post_init__(self):
@@ -47,7 +47,7 @@ class TuneConfig:
             raise InputError("TuneConfig", f"{self.steps} steps, batch {self.batch}, rate {self.rate}", "1 or more, a rate above 0", "Correct the profile.")
 
 
-PTI = TuneConfig(350, 1, 3e-4, (0.9, 0.999), jitter=False, stop_at=0.06, loss=PhotoLoss(raw=0.0, raw_perceptual=0.0))  # authors' code of PTI
+PTI = TuneConfig(350, 1, 3e-4, (0.9, 0.999), jitter=False, stop_at=0.06, loss=PhotoLoss(raw=0.0, raw_perceptual=0.0, network="lpips_alex"))  # authors' code of PTI
 
 # %% ../../nbs/my3dgen/44_tuning.ipynb #weights
 def full_weights(
@@ -72,8 +72,9 @@ def tune(
     meshes: MeshViews | None = None,  # of the photos, where a mesh moves the generator
 ) -> pd.DataFrame:  # the curve
     "Tune an adapter, or a whole generator, in place."
-    if not len(photos) == len(cams) == len(check_styles(styles, generator)):
-        raise ShapeError("tune", f"{len(photos)} photos, {len(cams)} cameras, {len(styles)} styles", "as many of each", "Invert the photos first.")
+    check_photos(photos, cams, generator.config.size)
+    if len(photos) != len(check_styles(styles, generator)):
+        raise ShapeError("tune", f"{len(photos)} photos, {len(styles)} styles", "as many of each", "Invert the photos first.")
     generator.eval().requires_grad_(False)
     moving = list((full_weights(generator) if adapter is None else dict(adapter.named_parameters())).values())
     for weight in moving:

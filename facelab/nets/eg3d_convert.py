@@ -93,7 +93,8 @@ def official_config(
         tensors = state_dict_of(network)
         hidden, features = tensors["decoder.net.0.weight"].shape
         axes = RELEASED_AXES if axes is None else axes_of(axes)
-        return EG3DConfig(backbone_config(kwargs, features * len(axes)), volume_config(rendering, axes), superres, hidden=hidden, **scene_numbers(state, rendering))
+        config = EG3DConfig(backbone_config(kwargs, features * len(axes)), volume_config(rendering, axes), superres, hidden=hidden, **scene_numbers(state, rendering))
+        return EG3DConfig.from_dict(config.to_dict())  # looks at every value
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:

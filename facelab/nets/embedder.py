@@ -137,7 +137,9 @@ class BaseEmbedder(NetworkEmbedder):
         with building(f"base {name}"):
             net = IResNet(IResNetConfig(tuple(config["blocks"]), tuple(config["widths"]), config["size"], config["embedding"]))
             net.load_state_dict(tensors)
-            return cls(net, name, config["zoom"])
+            if not 0 < (zoom := float(config["zoom"])) < float("inf"):
+                raise ValueError(f"zoom {zoom}")
+            return cls(net, name, zoom)
 
     @classmethod
     def from_base(

@@ -70,8 +70,11 @@ def changed_weight(
 def check_changes(
     changes: Changes | None,
     batch: int,  # pictures
+    net: nn.Module,  # that is to take them
 ):
-    "Refuse changes of other people than the batch has. Raises `ShapeError`."
+    "Refuse changes of another network's layers, which would go unseen, and of other people than the batch has. Raises `ShapeError`."
+    if changes and (strange := set(changes) - set(net.modules())):
+        raise ShapeError("changes", f"{len(strange)} of {len(changes)} layers that are not this network's", "changes of its own layers", "Make them for this very copy: adapter.changes(generator).")
     for change in (changes or {}).values():
         people = next((len(part) for part in (change.a, change.bias, change.strength, change.const) if part is not None), 1)
         rows = change.rows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..lab.errors import InputError, ShapeError
 from .eg3d import EG3DConfig, Generator, Rendered
-from .modulated import Changes, check_changes
+from .modulated import Changes
 from .style_unet import StyleUNet
 from .stylegan2 import StyleGAN2, StyleGAN2Config
 from .superres import SuperresConfig
@@ -123,7 +123,7 @@ class Next3D(Generator):
         c, half = self.config, self.num_ws // 2
         if ws.shape[1] != self.num_ws or len(ws) != len(views.hit) or views.hit.shape[-1] != c.backbone.size:
             raise ShapeError("Next3D", f"styles {tuple(ws.shape)}, views {tuple(views.hit.shape)}", f"(b, {self.num_ws}, {c.backbone.w_dim}) and (b, 4, {c.backbone.size}, {c.backbone.size})", "Take the styles that `mapping` gives, and views of as many meshes.")
-        check_changes(changes, len(ws))
+        self.check(ws, changes, len(ws))
         own, painted = ws[:, :half], ws[:, half:]
         texture = self.texture_backbone.synthesis(painted, noise, changes)
         turn = aligned_views if c.aligned else lambda seen: seen

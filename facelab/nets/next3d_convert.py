@@ -46,11 +46,12 @@ def next3d_config(
         mouth, blend = (encoder_blocks(tensors, name) for name in ("mouth_backbone", "neural_blending"))
         if not mouth or not blend:
             raise KeyError("mouth_backbone.synthesis.encoder")
-        return Next3DConfig(
+        config = Next3DConfig(
             backbone_config(kwargs, 3 * features), Next3DVolume(**vars(volume)), superres_config(modules["superresolution"].kind, rendering, kwargs.get("sr_num_fp16_res", 0)),
             hidden=hidden, mouth_low=64 >> mouth, blend_low=256 >> blend, **scene_numbers(state, rendering),
             num_faces=tensors["faces"].shape[1], num_uv=tensors["raw_uvcoords"].shape[1], num_dense=tensors["dense_faces"].shape[1] if "dense_faces" in tensors else 0,
         )  # fmt: skip
+        return Next3DConfig.from_dict(config.to_dict())  # looks at every value
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

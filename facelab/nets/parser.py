@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..lab.arrays import read_safetensors, write_safetensors
+from ..lab.base import building, load_base
 from ..lab.errors import InputError, ShapeError
 from ..lab.files import read_json, write_json
 from ..lab.inputs import input_path
@@ -67,9 +68,13 @@ class UNetParser(nn.Module):
         scores = self(images.to(next(self.net.parameters()).device))
         return nn.functional.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False).argmax(1).to(images.device)
 
+    def config(self) -> dict:
+        "How to build it again: plain values."
+        return {"classes": list(self.classes), "size": self.size, "room": self.room, "lift": self.lift, "width": self.net.width, "name": self.name}
+
     def save(self, folder: str | Path):
         "Write `model.safetensors` and `config.json`."
-        write_json(Path(folder) / "config.json", {"classes": list(self.classes), "size": self.size, "room": self.room, "lift": self.lift, "width": self.net.width, "name": self.name})
+        write_json(Path(folder) / "config.json", self.config())
         write_safetensors(Path(folder) / "model.safetensors", self.state_dict())
 
     @classmethod
@@ -77,11 +82,27 @@ class UNetParser(nn.Module):
         "Read what `save` wrote, in eval mode. Raises `InputError` where it is something else."
         folder = input_path(folder)
         try:
-            made = cls(**read_json(folder / "config.json"))
-            made.load_state_dict(read_safetensors(folder / "model.safetensors"))
+            return cls.from_parts(read_safetensors(folder / "model.safetensors"), read_json(folder / "config.json"))
         except (TypeError, RuntimeError) as error:
             raise InputError(folder, f"{type(error).__name__}: {str(error)[:120]}", "what UNetParser.save wrote", "Copy the folder whole.") from None
+
+    @classmethod
+    def from_parts(cls, tensors: dict[str, Tensor], config: dict) -> "UNetParser":
+        "The parser of a state dict and of `config()`, in eval mode."
+        made = cls(**config)
+        made.load_state_dict(tensors)
         return made.eval().requires_grad_(False)
+
+    @classmethod
+    def from_base(
+        cls,
+        name: str = "parser",  # a folder of bases/
+        folder: str | Path | None = None,  # bases/
+    ) -> "UNetParser":
+        "The parser that ships, made by facelab.gptface.parser_base. Raises `InputError` where it is missing, saying how to bring it."
+        tensors, config = load_base(name, folder)
+        with building(f"base {name}"):
+            return cls.from_parts(tensors, config)
 
 # %% ../../nbs/nets/94_parser.ipynb #outline-parser
 OUTLINES = (  # part, its points, in the order in which they are laid down; left is the person's

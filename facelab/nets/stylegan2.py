@@ -41,6 +41,8 @@ class StyleGAN2Config:
         object.__setattr__(self, "channels", tuple(self.channels))
         if self.size < 4 or self.size & (self.size - 1) or (self.channels and len(self.channels) != len(self.sizes)):
             raise InputError("StyleGAN2Config", f"size {self.size}, channels {self.channels}", "a power of two from 4 up, and a number of channels for each of 4 .. size", "Copy a preset and change it.")
+        if min(self.z_dim, self.w_dim, self.layers, self.out_channels, self.channel_base, self.channel_max, *self.channels) < 1 or self.c_dim < 0:
+            raise InputError("StyleGAN2Config", f"z {self.z_dim}, label {self.c_dim}, w {self.w_dim}, {self.layers} layers, {self.out_channels} channels out, {self.channel_base} / size and {self.channel_max} at most, {self.channels}", "1 or more; a label may have none", "Copy a preset and change it.")
 
     @property
     def sizes(self) -> tuple[int, ...]:  # 4, 8, ...

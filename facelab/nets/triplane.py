@@ -38,9 +38,12 @@ def axes_of(
     matrices: Float[Tensor, "p 3 3"],  # the attribute plane_axes of an official renderer
 ) -> tuple[str, ...]:
     "The planes that official matrices mean. Raises `InputError` where they are not plain axes."
-    inverse = torch.linalg.inv(matrices.double())[:, :, :2]  # point @ inverse
-    if ((inverse - inverse.round()).abs() > 1e-6).any() or (inverse.abs().sum(1) != 1).any() or (inverse < 0).any():
-        raise InputError("plane axes", f"matrices {matrices.int().tolist()}", "planes along the axes x, y, z", "This generator uses turned planes, which are not supported.")
+    if not isinstance(matrices, Tensor) or matrices.ndim != 3 or matrices.shape[1:] != (3, 3) or not len(matrices) or not torch.isfinite(matrices).all():
+        raise InputError("plane axes", f"{matrices!r}"[:120], "finite matrices, (planes, 3, 3)", "The file is damaged, or of a changed renderer.")
+    inverse, singular = torch.linalg.inv_ex(matrices.double())
+    inverse = inverse[:, :, :2]  # point @ inverse
+    if singular.any() or ((inverse - inverse.round()).abs() > 1e-6).any() or (inverse.round().abs().sum(1) != 1).any() or (inverse.round() < 0).any():
+        raise InputError("plane axes", f"matrices {(matrices + 0).tolist()}"[:200], "planes along the axes x, y, z", "This generator uses turned planes, which are not supported.")
     return tuple("".join("xyz"[k] for k in plane.argmax(0).tolist()) for plane in inverse)
 
 # %% ../../nbs/nets/75_triplane.ipynb #table

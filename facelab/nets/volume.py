@@ -48,14 +48,17 @@ def camera_rays(
     cam: Float[Tensor, "b 25"],  # EG3D's labels
     size: int,  # rays a side
 ) -> tuple[Float[Tensor, "b m 3"], Float[Tensor, "b m 3"]]:  # where rays begin and where they go, world units; m = size^2
-    "One ray a pixel. Raises `ShapeError` for labels of another length, with numbers that are not finite, or whose rotation is none."
+    "One ray a pixel. Raises `ShapeError` for labels of another length, with numbers that are not finite, whose rotation is none or whose focal lengths are not above 0, and for fewer than one ray a side."
+    if size < 1:
+        raise ShapeError("rays a side", f"{size}", "1 or more", "None takes the generator's own number.")
     if cam.ndim != 2 or cam.shape[1] != 25:
         raise ShapeError("camera label", f"shape {tuple(cam.shape)}", "(b, 25) numbers", "Use Camera.pack(): 16 numbers of camera to world, 9 of intrinsics.")
     pose, k = cam[:, :16].view(-1, 4, 4), cam[:, 16:].view(-1, 3, 3)
-    turn = pose[:, :3, :3].detach().float()
-    off = [(turn.square().sum(2) - 1).flatten(), (torch.linalg.cross(turn[:, 0], turn[:, 1]) - turn[:, 2]).flatten(), 0 * cam.detach().float().flatten()]
+    turn, focal = pose[:, :3, :3].detach().float(), k[:, [0, 1], [0, 1]].detach()
+    off = [(turn.square().sum(2) - 1).flatten(), (torch.linalg.cross(turn[:, 0], turn[:, 1]) - turn[:, 2]).flatten(), 0 * cam.detach().float().flatten(), (focal <= 0).float().flatten()]
     if not bool((torch.cat(off).abs() < 0.05).all()):  # one question to the device; nothing that is not finite is below
-        raise ShapeError("camera label", "values that are not finite" if not torch.isfinite(cam).all() else f"rotations of which one is {float(torch.cat(off).abs().max()):.2g} off", "finite numbers, rows of length 1 at right angles", "Use Camera.pack(): 16 numbers of camera to world, row by row, then 9 of intrinsics.")
+        came = "values that are not finite" if not torch.isfinite(cam).all() else f"a focal length of {float(focal.min()):.3g}" if (focal <= 0).any() else f"rotations of which one is {float(torch.cat(off).abs().max()):.2g} off"
+        raise ShapeError("camera label", came, "finite numbers, rows of length 1 at right angles, focal lengths above 0", "Use Camera.pack(): 16 numbers of camera to world, row by row, then 9 of intrinsics.")
     at = (torch.arange(size, device=cam.device, dtype=cam.dtype) + 0.5) / size
     v, u = torch.meshgrid(at, at, indexing="ij")
     u, v = u.reshape(1, -1), v.reshape(1, -1)

@@ -88,7 +88,8 @@ def front_depth(
     "Depth of the nearest triangle at each point, exact."
     low, high = corners[..., :2].amin(1), corners[..., :2].amax(1)
     ahead = (corners[..., 2] > 0).all(1)
-    hit = ((points[:, None] >= low) & (points[:, None] <= high)).all(-1) & ahead
+    x, y = points[:, :1], points[:, 1:]
+    hit = (x >= low[:, 0]) & (x <= high[:, 0]) & (y >= low[:, 1]) & (y <= high[:, 1]) & ahead
     point, face = hit.nonzero(as_tuple=True)
     p, (a, b, c) = points[point].double(), corners[face].double().unbind(1)
     side = lambda u, v, w: (v[:, 0] - u[:, 0]) * (w[:, 1] - u[:, 1]) - (v[:, 1] - u[:, 1]) * (w[:, 0] - u[:, 0])
@@ -147,8 +148,9 @@ def annotate(
     camera: Camera,  # b of them, or one
     size: int | tuple[int, int] = 512,  # height, width in pixels
     landmarks: Float[Tensor, "b l 3"] | None = None,  # mm; those of the topology by default
-    depth: Float[Tensor, "b h w"] | None = None,  # what a volume renderer saw, mm: landmarks are then tested against it too
-    tolerance: float = 2.0,  # mm that the mesh may be in front of a landmark that one sees; of a depth map, three times as much
+    depth: Float[Tensor, "b h w"] | None = None,  # of what is in the picture, mm, where more is known than the mesh: landmarks are then tested against it too
+    tolerance: float = 2.0,  # mm that the mesh may be in front of a landmark that one sees
+    depth_tolerance: float = 6.0,  # mm that the depth map may be
     backend: str = "auto",  # of `rasterize`
 ) -> Annotation:
     "Project a mesh: labels, depth, normals, landmarks (paper 3.1)."
@@ -165,7 +167,7 @@ def annotate(
     visible = seen_past_mesh(deep, mesh, topology.faces.to(verts.device), not camera.orthographic, tolerance)
     visible &= ((at >= 0) & (at < at.new_tensor([w, h]))).all(-1)
     if depth is not None:
-        visible &= seen_in_depth(at, away, depth.to(seen.depth), 3 * tolerance)
+        visible &= seen_in_depth(at, away, depth.to(seen.depth), depth_tolerance)
     return Annotation(pixel_labels(seen.fragments, topology), seen.depth[:, 0], seen.normals.movedim(1, -1), seen.hit, at.expand(batch, -1, -1), points.expand(batch, -1, -1), visible)
 
 
@@ -205,9 +207,9 @@ def world_as_mesh(
     topology: HeadTopology,  # of the model
     model: MorphableModel,  # the procedural head
 ) -> AnnotatedFace:
-    "A photo of the embedded world with what its mesh alone knows."
+    "A photo of the embedded world with what its mesh alone knows; of a landmark also whether hair or a thing hides it."
     code = lambda values: torch.from_numpy(np.asarray(values, np.float32))[None]
     face, camera = world_face(truth), Camera.from_eg3d(code(truth.cam), unit_mm=1.0)
-    found = annotate(topology, model.verts(code(truth.shape_code), code(truth.exp_code)), camera, face.size)
+    found = annotate(topology, model.verts(code(truth.shape_code), code(truth.exp_code)), camera, face.size, depth=code(truth.depth))
     made = annotated_faces(face.image[None], found, camera, [face.name], [face.facts])[0]
     return replace(made, facts={**made.facts, "shape_code": code(truth.shape_code)[0].tolist(), "exp_code": code(truth.exp_code)[0].tolist()})

@@ -24,16 +24,19 @@ class DrawRanges:
     "What is drawn uniformly, and from where to where."
 
     yaw: float = 0.8  # largest, radians  # authors' code
-    pitch: float = 0.8  # largest, radians  # authors' code
+    pitch: float = 0.8  # largest, as `pitch_as` says  # authors' code
     fov: tuple[float, float] = (18.0, 24.0)  # degrees of EG3D's formula  # authors' code
     shape: float = 2.0  # largest coefficient, standard deviations  # authors' code
     exp: float = 2.0  # largest coefficient  # authors' code
     distance: float = 2.7  # units of Next3D, from the camera to the middle  # paper 4.1
     shape_dims: int = 100  # authors' code
     exp_dims: int = 50  # authors' code
+    pitch_as: str = "angle"  # radians of elevation; or "share": EG3D's number v, an elevation of arcsin(2 v / pi)
 
     def __post_init__(self):
         low, high = self.fov
+        if self.pitch_as not in ("angle", "share"):
+            raise InputError("DrawRanges", f"pitch_as {self.pitch_as!r}", "angle or share", "share is EG3D's LookAtPoseSampler.")
         if not 0 < low <= high < 90 or min(self.yaw, self.pitch, self.shape, self.exp) < 0 or max(self.yaw, self.pitch) > np.pi / 2 or not self.distance > 0:
             came = f"yaw {self.yaw:g}, pitch {self.pitch:g}, fov {self.fov}, shape {self.shape:g}, exp {self.exp:g}, distance {self.distance:g}"
             raise InputError("DrawRanges", came, "angles of 0 to pi/2, 0 < fov < 90 in order, the others 0 or more", "Angles are in radians, the field of view in degrees.")
@@ -42,9 +45,19 @@ class DrawRanges:
     def distance_mm(self) -> float:  # from the camera to the middle of a head in its real size
         return 1000.0 * self.distance / HEAD_SCALE
 
+    def turned(self, across: float, up: float) -> tuple[float, float]:  # yaw, pitch, radians
+        "The angles of a place in -1..1."
+        tilt = up * self.pitch
+        return across * self.yaw, float(np.arcsin(2 * tilt / np.pi)) if self.pitch_as == "share" else tilt
+
+    def place_of(self, yaw: float, pitch: float) -> tuple[float, float]:  # in -1..1
+        "The place of these angles; the inverse of `turned`."
+        tilt = np.pi / 2 * float(np.sin(pitch)) if self.pitch_as == "share" else pitch
+        return yaw / max(self.yaw, 1e-9), tilt / max(self.pitch, 1e-9)
+
 
 PAPER_RANGES = DrawRanges(np.pi / 4, np.pi / 4, (12.0, 27.0))  # paper 4.1
-CODE_RANGES = DrawRanges()  # authors' code
+CODE_RANGES = DrawRanges(pitch_as="share")  # authors' code: an elevation of 0.534 at most
 NARROW_RANGES = DrawRanges(pitch=0.35)  # ours: photos of the embedded world look up or down by 0.32 at most
 RANGES = {"paper": PAPER_RANGES, "code": CODE_RANGES, "narrow": NARROW_RANGES}
 
@@ -75,6 +88,11 @@ class Guide:
         cell = int(np.searchsorted(rows.cumsum() / rows.sum(), numbers[0], side="right").clip(0, rows.size - 1))
         row, col = divmod(cell, rows.shape[1])
         return 2 * (col + numbers[1]) / rows.shape[1] - 1, 2 * (row + numbers[2]) / rows.shape[0] - 1
+
+    def at(self, across: float, up: float) -> float:  # yaw, pitch in -1..1
+        "How often this place is drawn, relative to others."
+        row, col = (min(max(int((place + 1) / 2 * count), 0), count - 1) for place, count in ((up, len(self.table)), (across, len(self.table[0]))))
+        return self.table[row][col]
 
 
 def guide_of(
@@ -123,4 +141,5 @@ def draw_face(
         across, up = guide.place(np.array(steer[1:]))
     shape, exp = (top * rng.uniform(-1, 1, n) for top, n in ((ranges.shape, ranges.shape_dims), (ranges.exp, ranges.exp_dims)))
     fov = ranges.fov[0] + low * (ranges.fov[1] - ranges.fov[0])
-    return FaceDraw(number, attempt, int(rng.integers(2**31)), float(across * ranges.yaw), float(up * ranges.pitch), float(fov), shape, exp)
+    yaw, pitch = ranges.turned(float(across), float(up))
+    return FaceDraw(number, attempt, int(rng.integers(2**31)), yaw, pitch, float(fov), shape, exp)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CROPS', 'WHOLE', 'SYNTHFORGE_LAPA', 'CropChoice', 'box_around', 'square_of', 'labels_back', 'Scoring', 'Evaluation',
-           'asked', 'one_each', 'check_truth', 'score_labels', 'score_points', 'evaluate', 'evaluate_300w',
-           'label_rows']
+           'asked', 'one_each', 'check_truth', 'score_labels', 'score_points', 'evaluate', 'person_of', 'w300_parts',
+           'evaluate_300w', 'label_rows']
 
 # %% ../../nbs/synthforge/62_evaluate.ipynb #imports
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -157,8 +158,11 @@ class Evaluation:
 
     def nme(self, part: Callable[[str], bool] = lambda name: True) -> np.ndarray:  # percent; inf: failed
         "Errors of the faces with true landmarks, perhaps of a part of them."
-        errors = np.array([e for e, name in zip(self.errors, self.names, strict=True) if part(name)])
-        return errors[~np.isnan(errors)]
+        return np.array([error for error, name in zip(self.errors, self.names, strict=True) if part(name) and error == error])
+
+    def marked(self, part: Callable[[str], bool] = lambda name: True) -> list[str]:  # as many as `nme`
+        "The names of these faces."
+        return [name for error, name in zip(self.errors, self.names, strict=True) if part(name) and error == error]
 
 # %% ../../nbs/synthforge/62_evaluate.ipynb #asked
 def asked(
@@ -277,9 +281,30 @@ def evaluate(
     return result
 
 # %% ../../nbs/synthforge/62_evaluate.ipynb #w300-rows
+def person_of(
+    kind: str,  # 300w, lapa or celebamask
+    name: str,  # of a picture
+) -> str:  # who is drawn together in an interval
+    "Whom a file's name tells: where the lab writes LaPa's and 300-W's layouts, the number before the photo's; elsewhere the picture stands for itself."
+    stem = name.rpartition("/")[2]
+    told = kind == "lapa" or (kind == "300w" and re.fullmatch(r"\d{6}_\d+", stem))
+    return stem.rpartition("_")[0] if told else name
+
+
+def w300_parts(
+    result: Evaluation,
+    people: Callable[[Sequence[str]], Sequence[str]],  # names -> who is in each picture
+) -> tuple[dict[str, np.ndarray], dict[str, Sequence[str]]]:  # of each part that is there: errors, and whose they are
+    "Common, challenging and full."
+    hard = lambda name: name.lower().startswith("ibug")
+    parts = {"common": lambda name: not hard(name), "challenging": hard, "full": lambda name: True}
+    errors = {name: result.nme(part) for name, part in parts.items() if len(result.nme(part))}
+    return errors, {name: people(result.marked(parts[name])) for name in errors}
+
+
 def evaluate_300w(
     predictor: Predictor,
-    root: str | Path,  # the folder that holds helen, lfpw, ibug
+    root: str | Path,  # the folder that holds helen, lfpw, ibug, or the one above it
     choice: CropChoice = CropChoice(),  # noqa: B008
     limit: float = 10.0,  # of failures, percent
     **more,  # data, table
@@ -290,10 +315,8 @@ def evaluate_300w(
     result = evaluate(predictor, data.items(missing), choice, Scoring())
     result.left_out.items += missing.items
     result.notes += extra_w300(data)
-    hard = lambda name: name.lower().startswith("ibug")
-    parts = {"common": lambda name: not hard(name), "challenging": hard, "full": lambda name: True}
-    errors = {name: result.nme(part) for name, part in parts.items() if len(result.nme(part))}
-    return nme_rows(predictor.name, errors, limit, **{"data": f"300-W, {result.crop}", **more}), result
+    errors, groups = w300_parts(result, lambda names: [person_of("300w", name) for name in names])
+    return nme_rows(predictor.name, errors, limit, groups, **{"data": f"300-W, {result.crop}", **more}), result
 
 
 def label_rows(

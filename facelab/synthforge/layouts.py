@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'LAPA_POINTS', 'WRITERS', 'named_classes', 'scheme_with', 'SetLayout', 'need_points', 'write_w300_face',
-           'write_lapa_face', 'write_celebamask_face', 'box_of', 'coco_keypoints', 'coco_segments', 'CocoFiles',
-           'write_layout']
+           'write_lapa_face', 'write_celebamask_face', 'write_celebamask_lists', 'box_of', 'coco_keypoints',
+           'coco_segments', 'CocoFiles', 'write_layout']
 
 # %% ../../nbs/synthforge/52_layouts.ipynb #imports
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.celeba import PARTITION, SPLITS
+from ..data.celeba_hq import IMAGES, MAPPING
 from ..data.label_sets import LABEL_SETS, LabelSet, celebamask_set, label_set, remap_table
 from ..data.w300 import write_pts
 from ..lab.errors import InputError, Skipped
@@ -54,7 +56,7 @@ class SetLayout:
     "How faces are written."
 
     kind: str  # of LAYOUTS
-    where: str = ""  # the folder inside: helen/trainset, train, ...; the usual one by default
+    where: str = ""  # the folder inside: helen/trainset, train, ...; the usual one by default; of CelebAMask-HQ the split that its lists say
     source: str | LabelSet | Sequence[str] = ""  # of the faces' labels: a scheme, or its classes by number
     ids: tuple[int, ...] | None = None  # the written number of each class, in place of source
     names: tuple[str, ...] = ()  # of the written classes, by number; LaPa's own, CelebAMask-HQ's in readme order, COCO: the source's
@@ -65,6 +67,8 @@ class SetLayout:
     def __post_init__(self):
         if self.kind not in LAYOUTS:
             raise InputError("layout", f"{self.kind!r}", f"one of {', '.join(LAYOUTS)}", "Name one of these.")
+        if self.kind == "celebamask" and self.where not in ("", *SPLITS):
+            raise InputError("layout celebamask", f"where {self.where!r}", f"one of {', '.join(SPLITS)}", "Its pictures lie in one folder; the lists say which split they are of.")
         if self.kind == "300w":
             return
         said = not isinstance(self.source, str) or self.source != ""
@@ -83,7 +87,7 @@ class SetLayout:
 
     def folder(self) -> str:
         "Where inside."
-        return self.where or {"300w": "helen/trainset", "lapa": "train", "celebamask": "", "coco": "train"}[self.kind]
+        return self.where or {"300w": "helen/trainset", "lapa": "train", "celebamask": "train", "coco": "train"}[self.kind]
 
     def labels(self, face: AnnotatedFace) -> np.ndarray:  # h w uint8; the background where it is not judged
         "The labels in the written scheme. Raises `InputError` where a class has no number."
@@ -132,7 +136,18 @@ def write_celebamask_face(root: Path, face: AnnotatedFace, number: int, layout: 
             mask = np.where(labels == k, 255, 0).astype(np.uint8)
             mask = resize(mask, layout.mask_side, "nearest") if layout.mask_side else mask
             write_image(root / "CelebAMask-HQ-mask-anno" / str(number // 2000) / f"{number:05d}_{layout.names[k]}.png", mask)
-    write_image(root / "CelebA-HQ-img" / f"{number}.jpg", face.image, layout.quality)
+    write_image(root / IMAGES / f"{number}.jpg", face.image, layout.quality)
+
+
+def write_celebamask_lists(root: Path, numbers: Sequence[int], layout: SetLayout):
+    "What its readers take the split from: which picture of CelebA each one would be, and CelebA's partition of these."
+    rows = {MAPPING: [f"{'idx':>10} {'orig_idx':>11} {'orig_file':>12}"], f"{PARTITION}.txt": []}
+    for number in numbers:
+        rows[MAPPING].append(f"{number:<10d} {number:<11d} {number + 1:06d}.jpg")
+        rows[f"{PARTITION}.txt"].append(f"{number + 1:06d}.jpg {SPLITS.index(layout.folder())}")
+    for name, lines in rows.items():
+        with atomic_write(root / name) as file:
+            file.write("\n".join(lines) + "\n")
 
 # %% ../../nbs/synthforge/52_layouts.ipynb #coco-parts
 def box_of(mask: np.ndarray) -> list[int]:  # left, top, width, height
@@ -201,14 +216,14 @@ def write_layout(
     skipped: Skipped | None = None,  # notes faces that the layout cannot hold, which are left out; None: each is an error
 ) -> int:  # how many were written
     "Write faces in another data set's layout."
-    root, coco, written = Path(root), CocoFiles(layout), 0
+    root, coco, written = Path(root), CocoFiles(layout), []
     for number, face in enumerate(faces):
         try:
             if layout.kind == "coco":
                 coco.add(root, face, number)
             else:
                 WRITERS[layout.kind](root, face, number, layout)
-            written += 1
+            written.append(number)
         except InputError as error:
             if skipped is None:
                 raise
@@ -217,4 +232,6 @@ def write_layout(
         raise InputError(root, "no face was written", "one or more", "Are there faces, and can this layout hold them?")
     if layout.kind == "coco":
         coco.write(root)
-    return written
+    if layout.kind == "celebamask":
+        write_celebamask_lists(root, written, layout)
+    return len(written)

@@ -127,15 +127,17 @@ def nme_rows(
     method: str,
     errors: Mapping[str, Sequence[float]],  # subset -> NME of each face, percent; inf where it failed
     limit: float = 10.0,  # of failures, percent
+    groups: Mapping[str, Sequence] | None = None,  # subset -> who is in each picture: drawn together
     **more,  # data, table
 ) -> list[Row]:  # of each subset: NME of the faces that were found, failure rate and area of all
     "NME, failure rate and area under the curve. A face that was not found is left out of the NME and counts as a failure."
     rows = []
     for subset, values in errors.items():
-        values = np.asarray(values, np.float64)
-        if not np.isfinite(values).any():
+        values, whose = np.asarray(values, np.float64), None if groups is None else np.asarray(groups[subset])
+        found = np.isfinite(values)
+        if not found.any():
             raise InputError(f"NME of {method}, {subset}", f"{len(values)} faces, none of them found", "one face or more", "Look at the reasons of the failures.")
-        rows.append(measured(method, f"NME {subset}", values[np.isfinite(values)], unit="%", **more))
-        rows.append(measured(method, f"failures {subset}", 100.0 * (values > limit), unit="%", **more))
-        rows.append(measured(method, f"AUC {subset}", 100 * np.clip(1 - values / limit, 0, None), unit="%", better="higher", **more))
+        rows.append(measured(method, f"NME {subset}", values[found], None if whose is None else whose[found], unit="%", **more))
+        rows.append(measured(method, f"failures {subset}", 100.0 * (values > limit), whose, unit="%", **more))
+        rows.append(measured(method, f"AUC {subset}", 100 * np.clip(1 - values / limit, 0, None), whose, unit="%", better="higher", **more))
     return rows

@@ -14,11 +14,13 @@ from ..data.embedded import check_world
 from ..lab.base import Base
 from ..lab.paths import build_dir
 from ..lab.record import Row, measured
+from ..nets.parser import outline_labels
 from .annotated import AnnotatedFace
 from .generate import SynthSpec, generate_faces
 from .learn import SIZES
 from .metrics import class_counts, f1_rows, landmark_nme
 from .model import FineTuned, LabelConfig, plain_config
+from .objective import NOT_JUDGED
 from .predictor import NetPredictor
 from .rates import Rates
 from .real_sets import RealRecipe, RealSet, cut_crops, cut_faces, write_real_sets
@@ -33,18 +35,25 @@ def parser_rows(
     name: str = "SynthForge base",
 ) -> list[Row]:
     "NME and F1 on held-out people."
-    predictor, errors, counts = NetPredictor(net, name), [], []
+    predictor, errors, counts, front = NetPredictor(net, name), [], [], []
     for start in range(0, len(faces), 32):
         some = faces[start : start + 32]
         for face, said in zip(some, predictor([face.image for face in some]), strict=True):
             errors.append(landmark_nme(said.landmarks_2d.astype(np.float64), face.landmarks_2d.astype(np.float64)))
-            counts.append(class_counts(said.scores.argmax(0).astype(np.uint8), face.labels, len(scheme)))
+            labels = said.scores.argmax(0).astype(np.uint8)
+            counts.append(class_counts(labels, face.labels, len(scheme)))
+            inside = outline_labels(face.landmarks_2d.astype(np.float64), len(labels)) > 0
+            front.append(class_counts(labels, np.where(inside, face.labels, NOT_JUDGED), len(scheme)))
     data = "held-out people of its own world, crops from the truth, at the network's size"
-    return [measured(name, "NME", errors, unit="%", data=data), *f1_rows(name, np.stack(counts), scheme.classes, columns, data=data)]
+    rows = [measured(name, "NME", errors, unit="%", data=data), *f1_rows(name, np.stack(counts), scheme.classes, columns, data=data)]
+    background = scheme.parts.index("background")
+    if np.stack(front)[:, 2, background].any():  # something is in front of a face
+        rows += f1_rows(name, np.stack(front), scheme.classes, {scheme.classes[background]: "of what is in front"}, data=data)[:1]
+    return rows
 
 # %% ../../nbs/synthforge/78_parser_base.ipynb #make
 def make(
-    values: dict,  # seed, threads, workers, world_seed, faces, people, val_people, photos, pixels, steps, batch, rate, label_steps, label_rate
+    values: dict,  # seed, threads, workers, world_seed, faces, people, val_people, photos, pixels, steps, batch, rate, label_steps, label_rate, cover
 ) -> Base:
     "Generate, train both stages, measure."
     check_world(values["world_seed"])
@@ -56,7 +65,7 @@ def make(
     hq = RealSet("celebamask", str(real / "celebamask"), "farl")
     some = {"seed": values["seed"], "threads": values["threads"], "batch": values["batch"], "device": "cpu"}
     first = replace(size.one, steps=values["steps"], rates=Rates(values["rate"], values["rate"], 1e-5), **some)
-    second = replace(size.two, steps=values["label_steps"], rates=Rates(values["label_rate"], values["label_rate"], 1e-5), crops=cut_crops(size.two.crops), **some)
+    second = replace(size.two, steps=values["label_steps"], rates=Rates(values["label_rate"], values["label_rate"], 1e-5), crops=cut_crops(replace(size.two.crops, cover=values["cover"], cover_class=hq.scheme.parts.index("background"))), **some)
     backbone = train_backbone(data, first, size.backbone, data.flips, data.plan.background, scratch="base-synthforge-one")
     faces = cut_faces(hq.items("train"), hq.crop(), size.cut)
     labels = LabelConfig(("seg", "kps"), len(hq.scheme), True, width=size.label_width)

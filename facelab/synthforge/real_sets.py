@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'even_jaw', 'broad_brows', 'RealRecipe', 'write_real_sets', 
 
 # %% ../../nbs/synthforge/70_real_sets.ipynb #imports
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ..data.celebamask_hq import read_celebamask_hq, write_celebamask_hq
+from ..data.celeba import IDENTITY, read_numbers
+from ..data.celeba_hq import MAPPING, read_mapping
+from ..data.celebamask_hq import CelebAMaskHQ, odd_masks, read_celebamask_hq, write_celebamask_hq
 from ..data.face_crop import crop_face, move_points
 from ..data.label_sets import celebamask_set, grow_class, label_set
 from ..data.lapa import read_lapa, write_lapa
 from ..data.w300 import extra_w300, read_w300, write_w300
 from ..data.world import people_of, world_items
 from ..lab.errors import InputError, Skipped
+from ..lab.files import atomic_write
 from ..lab.inputs import input_path
 from ..lab.side_by_side import side_by_side
 from .annotated import AnnotatedFace
 from .augment import Augment
-from .evaluate import CropChoice, square_of
+from .evaluate import CropChoice, person_of, square_of
 from .metrics import TABLE2, TABLE3
 from .objective import NOT_JUDGED
 from .shard_set import ShardSet, read_shards
@@ -78,9 +81,12 @@ def write_real_sets(
     people = sorted(n for split, count in zip(("train", "val", "test"), recipe.people, strict=True) if count for n in people_of(split, count))
     items = list(world_items(recipe.seed, people, recipe.photos, recipe.pixels, workers, label="photos for the real sets"))
     marked = [replace(item, landmarks_2d=even_jaw(item.landmarks_2d)) for item in items]
-    done = {"300w": sum(write_w300(root / "300w", marked).values())}
+    done = {"300w": sum(write_w300(root / "300w", marked, lambda item: f"{item.identity:06d}_{item.photo_id}").values())}
     done["lapa"] = sum(write_lapa(root / "lapa", items, recipe.seed, lambda labels: broad_brows(labels, "lapa")).values())
     done["celebamask"] = write_celebamask_hq(root / "celebamask", items, recipe.mask_side, lambda labels: broad_brows(labels, "world19"))
+    original = read_mapping(root / "celebamask" / MAPPING)
+    with atomic_write(root / "celebamask" / f"{IDENTITY}.txt") as file:
+        file.write("".join(f"{original[str(k)]} {item.identity + 1}\n" for k, item in enumerate(items)))
     return done
 
 # %% ../../nbs/synthforge/70_real_sets.ipynb #set
@@ -126,11 +132,27 @@ class RealSet:
             return read_w300(path, "full" if split == "test" else split, skipped)
         if self.kind == "lapa":
             return read_lapa(path, split, skipped)
-        return read_celebamask_hq(path, self.order, self.celeba and input_path(self.celeba) or None, skipped).split(split)
+        return self.whole(skipped).split(split)
+
+    def whole(self, skipped: Skipped | None = None) -> CelebAMaskHQ:
+        "CelebAMask-HQ, all splits."
+        return read_celebamask_hq(input_path(self.root), self.order, self.celeba and input_path(self.celeba) or None, skipped)
 
     def extra(self, split: str) -> list[str]:
-        "What a folder has more than was published: some copies of 300-W hold mirrored pictures."
-        return extra_w300(self.open(split, Skipped())) if self.kind == "300w" else []
+        "What a folder has more than was published: some copies of 300-W hold mirrored pictures, some of CelebAMask-HQ masks that nothing is read with."
+        if self.kind == "300w":
+            return extra_w300(self.open(split, Skipped()))
+        return odd_masks(self.whole(Skipped())) if self.kind == "celebamask" else []
+
+    def people(self, names: Sequence[str]) -> list[str]:
+        "Who is in each picture, for intervals; on CelebAMask-HQ by CelebA's list of identities, where that lies beside. A picture of nobody known stands for itself."
+        if self.kind != "celebamask":
+            return [person_of(self.kind, name) for name in names]
+        pictures, celeba = self.whole(Skipped()).pictures, self.celeba and input_path(self.celeba)
+        original = dict(zip(pictures.names, pictures.originals, strict=True))
+        found = next((got for folder in (celeba, pictures.root, pictures.root.parent) if folder and (got := read_numbers(folder, IDENTITY, 1, False)) is not None), None)
+        known = {} if found is None else dict(zip(found[1], found[2][:, 0].tolist(), strict=True))
+        return [f"person {known[original[name]]}" if original.get(name) in known else name for name in names]
 
     def items(self, split: str, skipped: Skipped | None = None) -> Iterator[Any]:
         "Its pictures one after another; with `skipped`, broken ones are noted there and left out."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINI_CROPS', 'PAPER_I', 'CODE_I', 'CODE_II', 'MINI_I', 'MINI_II', 'StageConfig', 'face_source', 'check_faces',
-           'crop_scores', 'TrainedNet', 'backbone_loss', 'run_stage', 'train_backbone', 'train_labels']
+           'crop_errors', 'mean_scores', 'crop_scores', 'TrainedNet', 'backbone_loss', 'run_stage', 'train_backbone',
+           'train_labels']
 
 # %% ../../nbs/synthforge/45_training.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -86,29 +87,45 @@ def check_faces(
 
 # %% ../../nbs/synthforge/45_training.ipynb #look
 @torch.no_grad()
-def crop_scores(
+def crop_errors(
     net: nn.Module,  # SyntheticBackbone or FineTuned, in eval mode
+    faces: Sequence[AnnotatedFace],
+    crops: Augment,
+    batch: int = 32,
+) -> dict[str, np.ndarray]:  # those that can be had: nme (n, percent), f1 (n 3 k counts), depth (n, percent of the head's depth)
+    "How good a network is on plain crops, face by face."
+    plain, found = still(crops, crops.side[0]), {"nme": [], "f1": [], "depth": []}
+    device = next(net.parameters()).device
+    for start in range(0, len(faces), batch):
+        images, true = face_batch([augment_face(faces[k], plain, item_rng(0, k)) for k in range(start, min(start + batch, len(faces)))])
+        said = net(images.to(device))
+        if said.coords is not None and true.coords is not None:
+            found["nme"] += [landmark_nme(a, b) for a, b in zip(said.coords.double().cpu().numpy(), true.coords.double().numpy(), strict=True)]
+        if said.seg is not None and true.labels is not None:
+            found["f1"] += [class_counts(a, b, said.seg.shape[1]) for a, b in zip(said.seg.argmax(1).cpu().numpy(), true.labels.numpy(), strict=True)]
+        if said.depth is not None and true.depth is not None:
+            off = (said.depth.float().cpu() - true.depth).abs() * true.solid
+            found["depth"] += (100 * off.sum((1, 2, 3)) / true.solid.sum((1, 2, 3)).clamp(min=1)).tolist()
+    return {name: np.array(values) for name, values in found.items() if values}
+
+
+def mean_scores(
+    errors: dict[str, np.ndarray],  # of `crop_errors`
+    background: int,  # not in the mean of the classes
+) -> dict[str, float]:  # nme, f1, depth: percent; those that can be had
+    "Means over the faces; F1 from one matrix."
+    return {name: float(np.nanmean(np.delete(f1_of(values), background) if name == "f1" else values)) for name, values in errors.items()}
+
+
+def crop_scores(
+    net: nn.Module,
     faces: Sequence[AnnotatedFace],
     crops: Augment,
     background: int,  # not in the mean
     batch: int = 32,
-) -> dict[str, float]:  # nme, f1: percent; those that can be had
+) -> dict[str, float]:  # as `mean_scores`
     "How good a network is on plain crops."
-    plain, errors, counts = still(crops, crops.side[0]), [], []
-    device = next(net.parameters()).device
-    for start in range(0, len(faces), batch):
-        some = [augment_face(faces[k], plain, item_rng(0, k)) for k in range(start, min(start + batch, len(faces)))]
-        images, true = face_batch(some)
-        found = net(images.to(device))
-        if found.coords is not None and true.coords is not None:
-            errors += [landmark_nme(a, b) for a, b in zip(found.coords.double().cpu().numpy(), true.coords.double().numpy(), strict=True)]
-        if found.seg is not None and true.labels is not None:
-            counts += [class_counts(a, b, found.seg.shape[1]) for a, b in zip(found.seg.argmax(1).cpu().numpy(), true.labels.numpy(), strict=True)]
-    scores = {"nme": float(np.mean(errors))} if errors else {}
-    if counts:
-        f1 = np.delete(f1_of(np.stack(counts)), background)
-        scores["f1"] = float(np.nanmean(f1))
-    return scores
+    return mean_scores(crop_errors(net, faces, crops, batch), background)
 
 # %% ../../nbs/synthforge/45_training.ipynb #stage-one
 class TrainedNet(NamedTuple):
