@@ -53,12 +53,12 @@ class Rule:
 
 
 COMPLEX: dict[str, Rule] = {
-    "happy": Rule(("Does the person look happy?", "Is the person happy?"), ("Does this face look happy?",), ("smile", "brows"), lambda smile, brows: (smile != "none", brows != "lowered")),
-    "surprised": Rule(("Does the person look surprised?", "Is the person surprised?"), ("Does this face look surprised?",), ("brows", "mouth"), lambda brows, mouth: (brows == "raised", mouth != "closed")),
-    "angry": Rule(("Does the person look angry?", "Is the person angry?"), ("Does this face look angry?",), ("brows", "smile"), lambda brows, smile: (brows == "lowered", smile == "none")),
-    "tired": Rule(("Does the person look tired?", "Is the person tired?"), ("Does this face look tired?",), ("eyes", "mouth"), lambda eyes, mouth: (eyes == "narrowed", mouth == "closed")),
-    "passport": Rule(("Is this a good photo for a passport?", "Can this be a passport photo?"), ("Is this photo good for a passport?",), ("yaw", "mouth"), lambda yaw, mouth: (yaw == "front", mouth == "closed")),
-    "sun": Rule(("Does the person wear something for the sun?", "Can this person be in the sun?"), ("Is there something for the sun?",), ("hat", "glasses"), lambda hat, glasses: (hat == "hat", glasses == "sunglasses"), True),
+    "happy": Rule(("Does the person look happy?", "Is the person happy?", "Does this person look happy?"), ("Does this face look happy?", "Is this a happy person?"), ("smile", "brows"), lambda smile, brows: (smile != "none", brows != "lowered")),
+    "surprised": Rule(("Does the person look surprised?", "Is the person surprised?", "Does this person look surprised?"), ("Does this face look surprised?", "Is this a surprised person?"), ("brows", "mouth"), lambda brows, mouth: (brows == "raised", mouth != "closed")),
+    "angry": Rule(("Does the person look angry?", "Is the person angry?", "Does this person look angry?"), ("Does this face look angry?", "Is this an angry person?"), ("brows", "smile"), lambda brows, smile: (brows == "lowered", smile == "none")),
+    "tired": Rule(("Does the person look tired?", "Is the person tired?", "Does this person look tired?"), ("Does this face look tired?", "Is this a tired person?"), ("eyes", "mouth"), lambda eyes, mouth: (eyes == "narrowed", mouth == "closed")),
+    "passport": Rule(("Is this a good photo for a passport?", "Can this be a passport photo?", "Is this photo right for a passport?"), ("Is this photo good for a passport?", "For a passport, is this a good photo?"), ("yaw", "mouth"), lambda yaw, mouth: (yaw == "front", mouth == "closed")),
+    "sun": Rule(("Does the person wear something for the sun?", "Can this person be in the sun?", "Is there a hat or are there sunglasses for the sun?"), ("Is there something for the sun?", "For the sun, does the person have something?"), ("hat", "glasses"), lambda hat, glasses: (hat == "hat", glasses == "sunglasses"), True),
 }
 
 # %% ../../nbs/facegpt/34_talk.ipynb #vocabulary

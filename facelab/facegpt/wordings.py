@@ -132,19 +132,21 @@ DETAIL_HELD_OUT = ("Describe this person in detail.", "What does this face look 
 
 # %% ../../nbs/facegpt/33_wordings.ipynb #hard
 HARD: tuple[tuple[tuple[str, ...], str], ...] = (  # (wordings, answer): text only
-    (("What is a 3D model?", "What does 3D model mean?"), "A 3D model is a shape that you can turn."),
-    (("What is a 3DMM?", "What does 3DMM mean?"), "A 3DMM is a 3D model of many faces."),
-    (("What are 3DMM parameters?", "What do the 3DMM parameters mean?"), "The parameters are numbers that make a face."),
-    (("How many parameters does the 3DMM have?", "How many 3DMM parameters are there?"), "There are many parameters."),
-    (("What is a mesh?", "What does 3D mesh mean?"), "A mesh is a shape of many small sides."),
-    (("Can you make a 3D model of a dog?", "Please make a 3D mesh of a dog."), "No, I can make faces and no dogs."),
-    (("What is a face?", "What does a face have?"), "A face has two eyes, a nose and a mouth."),
-    (("What does a person see in 3D with?", "With what do we see in 3D?"), "We see in 3D with two eyes."),
-    (("Is a photo in 3D?", "Is this text in 3D?"), "No, it is not in 3D."),
+    (("What is a 3D model?", "What does 3D model mean?", "Please describe what a 3D model is.", "In words, what is a 3D model?"), "A 3D model is a shape that you can turn."),
+    (("What is a 3DMM?", "What does 3DMM mean?", "Please describe what a 3DMM is.", "In words, what is a 3DMM?"), "A 3DMM is a 3D model of many faces."),
+    (("What are 3DMM parameters?", "What do the 3DMM parameters mean?", "Please describe what 3DMM parameters are.", "In words, what are 3DMM parameters?"), "The parameters are numbers that make a face."),
+    (("How many parameters does the 3DMM have?", "How many 3DMM parameters are there?", "Does the 3DMM have many parameters?", "In a 3DMM, how many parameters are there?"), "There are many parameters."),
+    (("What is a mesh?", "What does 3D mesh mean?", "Please describe what a mesh is.", "Which shape does a mesh have?"), "A mesh is a shape of many small sides."),
+    (("Can you make a 3D model of a dog?", "Please make a 3D mesh of a dog.", "Can you turn a dog into 3D?", "What are the 3DMM parameters of a dog?"), "No, I can make faces and no dogs."),
+    (("What is a face?", "What does a face have?", "Please describe what a face is.", "What can be seen in a face?"), "A face has two eyes, a nose and a mouth."),
+    (("What does a person see in 3D with?", "With what do we see in 3D?", "How many eyes do we see in 3D with?", "How do people see in 3D?"), "We see in 3D with two eyes."),
+    (("Is a photo in 3D?", "Is this text in 3D?", "Can a photo be in 3D?", "Is the text here in 3D?"), "No, it is not in 3D."),
 )
 HARD_HELD_OUT = tuple((wordings, reply) for wordings, (_, reply) in zip((  # to the answers of HARD, in their order
-    ("Say what a 3D model is.",), ("Say what a 3DMM is.",), ("Say what the 3DMM parameters are.",), ("Are there many 3DMM parameters?", "The 3DMM has how many parameters?"), ("Say what a mesh is.", "What shape is a mesh?"),
-    ("I want a 3D model of a dog.", "Give me the 3D shape of a dog."), ("What is there in a face?",), ("What do you see in 3D with?",), ("Is this photo in 3D or not?",),
+    ("Say what a 3D model is.", "A 3D model, what is it?", "What do you mean with a 3D model?"), ("Say what a 3DMM is.", "A 3DMM, what is it?", "What do you mean with a 3DMM?"),
+    ("Say what the 3DMM parameters are.", "Parameters of a 3DMM, what are they?", "What do you mean with 3DMM parameters?"), ("Are there many 3DMM parameters?", "The 3DMM has how many parameters?", "Are the parameters of the 3DMM many or not?"),
+    ("Say what a mesh is.", "What shape is a mesh?", "A mesh, what is it?"), ("I want a 3D model of a dog.", "Give me the 3D shape of a dog.", "Show me a dog in 3D.", "Reconstruct the dog, please."),
+    ("What is there in a face?", "Say what a face is.", "A face, what is it?"), ("What do you see in 3D with?", "Do we see in 3D with two eyes?"), ("Is this photo in 3D or not?", "Is a text in 3D or not?"),
 ), HARD, strict=True))  # fmt: skip
 REFUSED = ("3D model", "mesh", "3D head", "3D shape", "model in 3D")
 REFUSALS = ("Do not make a {thing}.", "Please do not make a {thing}.", "I do not want a {thing}.", "No {thing}, please.", "No {thing}, only words.", "Please make no {thing}.", "I want words and no {thing}.", "Give no {thing}.", "Do not show a {thing}.")
@@ -155,8 +157,8 @@ HARD_IMAGE = tuple(
     "Not in 3D, please. {question}", "{question} I do not want a model of it.", "Please give no parameters, only words. {question}", "{question} Say it in words.", "Please do not turn it into 3D. {question}", "{question} Do not reconstruct the face.",
 )  # fmt: skip
 HARD_IMAGE_HELD_OUT = ("Please do not give the 3DMM parameters. {question}", "{question} No 3D face, please.", "I want no 3D mesh. {question}", "{question} Please, no parameters of the face.", "Do not make a mesh of this head. {question}", "{question} Only words, please, and no 3D shape.")
-HARD_TEXT = ("{description}. {question}", "This is a text: {description}. {question}")  # an ordinary question about a description
-HARD_TEXT_HELD_OUT = ("{question} This is the face: {description}.", "Look at this text: {description}. {question}")
+HARD_TEXT = ("{description}. {question}", "This is a text: {description}. {question}", "{question} The text is: {description}.", "Look here: {description}. {question}", "{question} Say it from this text: {description}.")  # an ordinary question about a description
+HARD_TEXT_HELD_OUT = ("{question} This is the face: {description}.", "Look at this text: {description}. {question}", "I have a text here: {description}. {question}", "{question} I mean this face: {description}.")
 
 # %% ../../nbs/facegpt/33_wordings.ipynb #general-patterns
 NUMBERS = "one two three four five six seven eight nine ten".split()
