@@ -202,11 +202,13 @@ def test_a_guide_of_a_profile_moves_the_draws(scratch, tmp_path):
 def test_guided_draws_are_measured_against_even_ones(scratch, tmp_path):
     "As many faces, as many steps, the same held-out ones."
     generate_faces(SynthSpec(8, "world", "narrow", 64, 1, each=8), tmp_path / "shards", every=1e9)
-    save_net(scratch / "checkpoints" / "synthforge-train" / "sb.safetensors", SyntheticBackbone(TINY), "synthforge")
+    save_net(scratch / "checkpoints" / "synthforge-train" / "sb.safetensors", SyntheticBackbone(learn.SMALL), "synthforge")
     values = {**profile_values("synthforge-train", "smoke"), "shards": str(tmp_path / "shards"), "held_out": 3, "guided": 3, "guided_steps": 1, "workers": 1}
     rows = learn.guided_rows(Job("synthforge-train", "smoke", values))
     assert [row.method for row in rows] == ["even draws", "guided draws", "guided draws against even draws"] * 2 and {row.table for row in rows} == {"guided draws"}
-    assert rows[0].n == 3 and rows[2].value == pytest.approx(rows[1].value - rows[0].value) and rows[3].n >= 1 and "3 to learn from, 1 steps" in rows[0].data
+    assert rows[0].n == 3 and rows[2].value == pytest.approx(rows[1].value - rows[0].value) and rows[3].n >= 1 and "SB and 3 new faces, 1 steps" in rows[0].data
+    with pytest.raises(InputError, match="start"):
+        learn.train_backbone(read_shards(tmp_path / "shards"), learn.SMALL_I, learn.SMALL, start=SyntheticBackbone(TINY))
 
 
 def test_crops_of_a_profile_keep_the_margin(sets):

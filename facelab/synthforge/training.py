@@ -191,14 +191,19 @@ def train_backbone(
     scratch: str | None = None,  # a name under build/scratch: the run can be stopped and goes on; None keeps no checkpoint
     label: str = "stage I",  # of the progress line
     progress: bool = True,
+    start: SyntheticBackbone | None = None,  # go on from this one; None: from random weights
 ) -> TrainedNet:
-    "Stage I: the synthetic backbone (paper 3.2)."
+    "Stage I: the synthetic backbone (paper 3.2). Raises `InputError` for faces or a `start` that do not fit the network."
+    if start is not None and start.settings != backbone:
+        raise InputError("train_backbone", f"a start of {start.settings}", f"{backbone}", "Give the start's own settings as backbone.")
     check_faces(faces[0], backbone.classes, ("seg", "depth", "kps"))
     if config.crops.size != backbone.size:
         raise InputError("train_backbone", f"crops of {config.crops.size} pixels", f"{backbone.size}, the network's size", "Set crops.size.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = SyntheticBackbone(backbone)
+    if start is not None:
+        net.load_state_dict(start.state_dict())
     loss = lambda models, batch, step: backbone_loss(models, batch, step, config.weights)
     return run_stage(net, loss, faces, config, flips, val, background, {"net": asdict(backbone), **(facts or {})}, scratch, label, progress)
 
