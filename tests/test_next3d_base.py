@@ -11,7 +11,7 @@ from facelab.lab.errors import InputError, ShapeError
 from facelab.lab.paths import bases_dir
 from facelab.synthforge.annotate import annotate
 from facelab.synthforge.draws import RANGES, draw_face
-from facelab.synthforge.landmark_motion import expression_motion, fit_feature_map, jaw_motion, mapped_off, moved_by, patch_shift, placement, shape_motion, together
+from facelab.synthforge.landmark_motion import LOWER_LIP_AT, expression_motion, fit_feature_map, jaw_motion, mapped_off, moved_by, patch_shift, placement, shape_motion, together
 from facelab.synthforge.next3d_base import open_next3d
 from facelab.synthforge.next3d_distillation import MeshDistillation, add_meshes, draw_heads, look_of, start_next3d
 from facelab.synthforge.next3d_distillation import FACE64_NEXT3D
@@ -34,16 +34,16 @@ def heads():
 
 
 def test_mouth_in_the_picture_follows_the_mesh(shipped, heads):
-    motion = jaw_motion(shipped, heads.shots.z, heads.shape_codes, torch.from_numpy(label_of(orbit_view())), MODEL)
-    assert motion.mesh.mean() > 2 and motion.share > 0.45, motion.share  # the first base: 0.63
-    still = jaw_motion(shipped, heads.shots.z, heads.shape_codes, torch.from_numpy(label_of(orbit_view())), MODEL, open_by=0.0)
+    motion = jaw_motion(shipped, heads.shots.z, heads.shape_codes, torch.from_numpy(label_of(orbit_view())), MODEL, at=LOWER_LIP_AT)
+    assert motion.mesh.mean() > 2 and motion.share > 0.6 and np.nanmean(motion.same_way()) > 0.9, (motion.share, motion.same_way())
+    still = jaw_motion(shipped, heads.shots.z, heads.shape_codes, torch.from_numpy(label_of(orbit_view())), MODEL, open_by=0.0, at=LOWER_LIP_AT)
     assert np.abs(still.mesh).max() == 0 and np.abs(still.picture).max() == 0
 
 
 def test_features_are_where_the_mesh_has_them(shipped, heads):
-    "The first base: 1.05 pixels, 96 % found; the aim is 1 pixel, and an affine map does not bring it there."
+    "The first base: 1.05 pixels off, this one 0.70; 97 % found."
     place = placement(shipped, heads, MODEL)
-    assert place.off_px.mean() < 1.3 and place.found.mean() > 0.8, (place.off_px.mean(), place.found.mean())
+    assert place.off_px.mean() < 1.0 and place.found.mean() > 0.8, (place.off_px.mean(), place.found.mean())
     whose = np.repeat(np.arange(8), 2)[place.found > 0]
     moved = fit_feature_map(place.points, place.cams, place.painted, place.good, 64)
     at = Camera.from_eg3d(place.cams).project(moved_by(place.points, moved), 64)[0]
@@ -55,7 +55,7 @@ def test_expression_and_shape_of_the_mesh_move_the_picture(shipped, heads):
     "Brows down and up, mouth out and in, corners up and down, the jaw; six components of shape to either side: to the mesh's side, which a picture that shifts or stands still does not do."
     cam, some = torch.from_numpy(label_of(orbit_view())), (heads.shots.z[:5], heads.shape_codes[:5])
     expression, shape = expression_motion(shipped, *some, cam, MODEL), shape_motion(shipped, *some, cam, MODEL)
-    for moved, way, together_by in ((expression, 0.75, 0.35), (shape, 0.65, 0.25)):
+    for moved, way, together_by in ((expression, 0.8, 0.35), (shape, 0.8, 0.5)):
         every = together(moved.values())
         assert np.nanmean(every.same_way()) > way and every.correlation > together_by, (every.same_way(), every.correlation)
         for shift in ((0.0, 0.0), (0.0, 3.0), (3.0, 3.0)):
