@@ -1,12 +1,5 @@
 "FaceGPT (arXiv 2406.07163): a vision-language model that answers in 3D faces."
 
-__all__ = ["FaceGPT"]
+import lazy_loader
 
-
-def __getattr__(name: str):
-    "`FaceGPT` with all that facelab.facegpt.use gives it, imported when it is asked for."
-    if name in __all__:
-        from . import use
-
-        return getattr(use, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"use": ["FaceGPT"]})  # imported when it is asked for

@@ -1,12 +1,5 @@
 "GPTFace (arXiv 2510.18345): one masked transformer over image tokens and words."
 
-__all__ = ["FaceEditor"]
+import lazy_loader
 
-
-def __getattr__(name: str):
-    "`FaceEditor` of facelab.gptface.edit, imported when it is asked for."
-    if name in __all__:
-        from . import edit
-
-        return getattr(edit, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"edit": ["FaceEditor"]})  # imported when it is asked for

@@ -1,12 +1,5 @@
 "My3DGen (arXiv 2307.05468): a personal 3D generative prior from a few low-rank weights."
 
-__all__ = ["PersonalPrior"]
+import lazy_loader
 
-
-def __getattr__(name: str):
-    "`PersonalPrior` of facelab.my3dgen.personalize, imported when it is asked for."
-    if name in __all__:
-        from . import personalize
-
-        return getattr(personalize, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"personalize": ["PersonalPrior"]})  # imported when it is asked for
