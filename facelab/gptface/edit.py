@@ -87,7 +87,7 @@ class FaceEditor(FaceReader):
     ) -> "FaceEditor":
         "Read an editor. Raises `InputError` where parts are missing, or are of another codebook."
         held = {} if folder == "base" else {path.name: path for path in input_path(folder).glob("*")}
-        found = open_gptface(folder, vqgan if vqgan is not None else held.get("vqgan", "base"))
+        found = open_gptface(folder, vqgan if vqgan is not None else held.get("vqgan"))
         if parser is None:
             parser = UNetParser.load(held["parser"]) if "parser" in held else parser_or_outlines()
         how = read_json(held["editor.json"]) if "editor.json" in held else BASE_HOW if folder == "base" else {}

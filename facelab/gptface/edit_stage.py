@@ -24,6 +24,7 @@ from .edit_scores import AttributeNet, EditSet, answers, edit_methods, edit_rows
 from .masking import random_mask, span_mask
 from .regions import ParserTraining, part_overlap, train_parser
 from .small_gptface import open_gptface
+from ..lab.base import weights_read
 from ..lab.batches import seed_of
 from ..lab.errors import InputError
 from ..lab.inputs import input_hash, input_path
@@ -152,13 +153,14 @@ def without_glasses(editor: FaceEditor, items: Sequence, net: AttributeNet, seed
 
 # %% ../../nbs/gptface/88_edit_stage.ipynb #opened
 def opened_editor(
-    job: Job,  # vqgan, pixels, device
+    job: Job,  # pixels, device
     which: str,  # base, or a folder of save_gptface
+    vqgan: str,  # its tokenizer, as for `open_vqgan`
 ) -> FaceEditor:
     "A GPTFace that the profile names, without a parser. Raises `InputError` where it is missing, or sees pictures of another size."
     if which != "base" and not (input_path(which) / "model.safetensors").is_file():
         raise InputError(which, "no model.safetensors in it", "base, or what gptface-train wrote", "Take the lab's base, run the stage gptface-train first, or name a folder that save_gptface wrote.")
-    found = open_gptface(which, job.vqgan)
+    found = open_gptface(which, vqgan)
     editor = FaceEditor(found.vqgan, found.model.to(job.device), found.vocab)
     if job.pixels != editor.size:
         raise InputError("pixels", f"{job.pixels}", f"{editor.size}, as the network of {which} sees", "Correct the profile.")
@@ -187,7 +189,7 @@ def accuracy_rows(net, parser, items: Sequence, images: torch.Tensor, labels: to
 
 # %% ../../nbs/gptface/88_edit_stage.ipynb #run
 def run(
-    job: Job,  # seed, threads, workers, trained, also, vqgan, world_seed, people, test_people, photos, pixels, parser_steps, judge_steps, edits, methods, strength, literal, temperature, tags, device
+    job: Job,  # seed, threads, workers, trained, vqgan, also, also_vqgan, world_seed, people, test_people, photos, pixels, parser_steps, judge_steps, edits, methods, strength, literal, temperature, tags, device
 ) -> Outcome:
     "Edits with numbers (the paper has none), and Figures 4 to 9."
     check_world(job.world_seed)
@@ -195,13 +197,16 @@ def run(
     asked = [name.strip() for name in job.methods.split(";") if name.strip()] or list(methods)
     if strange := [name for name in asked if name not in methods]:
         raise InputError("methods", strange[0], "; ".join(methods), "Correct the profile; names are parted by ;")
-    editor, other = opened_editor(job, job.trained), opened_editor(job, job.also) if job.also else None
+    editor, other = opened_editor(job, job.trained, job.vqgan), opened_editor(job, job.also, job.also_vqgan) if job.also else None
     train, test = (list(world_items(job.world_seed, people_of(split, count), job.photos, job.pixels, label="people for editing")) for split, count in (("train", job.people), ("test", job.test_people)))
     stack = lambda items: (torch.from_numpy(np.stack([i.image for i in items])).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.stack([i.labels19 for i in items]).astype(np.uint8)))
     (images, labels), (test_images, test_labels) = stack(train), stack(test)
-    half = tokenized(editor.vqgan, [i.image for i in train[::2]])  # edits are judged, and these come out of the tokenizer
+    drawn, which = [], []  # edits are judged, and these come out of the tokenizers
+    for one, first in ((editor, 0), *([(other, 1)] if other else [])):
+        drawn += tokenized(one.vqgan, [i.image for i in train[first::2]])
+        which += range(first, len(train), 2)
     config, attributes = ParserTraining(job.parser_steps, seed=job.seed, threads=job.threads, device=job.device), np.stack([i.attributes for i in train])
-    parser, net = side_by_side(learned, [("parser", images.numpy(), labels.numpy(), config), ("classifier", np.concatenate([images.numpy(), np.stack(half).transpose(0, 3, 1, 2)]), np.concatenate([attributes, attributes[::2]]), (job.judge_steps, job.seed, job.threads, job.device))], job.workers)
+    parser, net = side_by_side(learned, [("parser", images.numpy(), labels.numpy(), config), ("classifier", np.concatenate([images.numpy(), np.stack(drawn).transpose(0, 3, 1, 2)]), np.concatenate([attributes, attributes[which]]), (job.judge_steps, job.seed, job.threads, job.device))], job.workers)
     guidance, decoding, _ = methods["guided (default)"]
     editor = FaceEditor(editor.vqgan, editor.model, editor.vocab, parser, guidance=guidance, decoding=decoding)
     editor.save(job.checkpoint())
@@ -221,7 +226,9 @@ def run(
         figure, more = draw()
         figures |= {name: figure} if figure is not None else {}
         rows += more
-    bases = ["gptface"] * (job.trained == "base") + ["vqgan"] * (job.vqgan == "base") + ["identity"] + ["landmarks"] * (bases_dir() / "landmarks" / "model.safetensors").is_file()
+    bases = ["gptface"] * (job.trained == "base") + ["identity"] + ["landmarks"] * (bases_dir() / "landmarks" / "model.safetensors").is_file()
     inputs = {f"bases/{name}": input_hash(f"bases/{name}/model.safetensors") for name in bases} | {name: input_hash(name) for name in (job.trained, job.also) if name not in ("base", "")}
+    for tokenizer in sorted({job.vqgan, job.also_vqgan if job.also else job.vqgan}):
+        inputs |= weights_read(tokenizer, "vqgan")
     notes = [f"{len(edits.images)} edits of {job.test_people} people whom neither GPTFace nor judge nor parser has seen; faces taken as they are framed", f"guided: rows of the embedding, relative step {job.strength:g}, a gradient at every fourth of 12 iterations; literal: all weights, step {job.literal:g}; codes are drawn at temperature {job.temperature:g}"]
     return Outcome(rows, figures, inputs=inputs, notes=notes, device=job.device)

@@ -38,20 +38,20 @@ def base_pairs(
 
 
 def make(
-    values: dict,  # seed, threads, world_seed, people, val_people, photos, pixels, faithful, words, layers, width, heads, ffn_dim, steps, batch, rate, lessons
+    values: dict,  # seed, threads, world_seed, people, val_people, photos, pixels, faithful, vqgan, words, layers, width, heads, ffn_dim, steps, batch, rate, lessons, precision
     world: str | Path | None = None,  # where the world is kept
     scratch: str | Path | None = None,  # of pairs and checkpoints; None: build/scratch/base-gptface
 ) -> Base:
     "Draw a world, train in lessons, judge."
     scratch = Path(scratch or build_dir("scratch") / "base-gptface")
-    pairs, vqgan = base_pairs(values, "train", values["people"], scratch, world), open_vqgan()
+    pairs, vqgan = base_pairs(values, "train", values["people"], scratch, world), open_vqgan(values["vqgan"])
     vocab = web_vocabulary(pairs.texts, values["words"])
     model = new_gptface(vocab, vqgan, values["pixels"], values["layers"], values["width"], values["heads"], values["ffn_dim"], values["seed"])
     codes = encode_images(vqgan, pairs.images)
     tokens = lambda some, codes: token_set(vocab, model.config.layout, codes[torch.from_numpy(some.picture)], some.texts)
     told, everything = tokens(pairs.about_faces(), codes), tokens(pairs, codes)
-    pretrain_small(model, told, everything, vocab, lesson_counts(values["lessons"], values["steps"]), values["batch"], values["rate"], values["seed"], values["threads"], scratch / "training", device=values.get("device", "cpu"))
-    half, _ = gptface_from_base({key: tensor.half() for key, tensor in model.state_dict().items()}, plain := {"model": model.config.plain(), "pieces": list(vocab.pieces)})
+    pretrain_small(model, told, everything, vocab, lesson_counts(values["lessons"], values["steps"]), values["batch"], values["rate"], values["seed"], values["threads"], scratch / "training", device=values.get("device", "cpu"), precision=values["precision"])
+    half, _ = gptface_from_base({key: tensor.half() for key, tensor in model.state_dict().items()}, plain := {"model": model.config.plain(), "pieces": list(vocab.pieces), "vqgan": values["vqgan"]})
     val = base_pairs(values, "val", values["val_people"], scratch, world)
     rows = base_rows(half, tokens(val, encode_images(vqgan, val.images)), len(val))
     what = f"{values['people']} people of the embedded world with seed {values['world_seed']} (split train), {values['photos']} photos each, {values['pixels']} px, {len(pairs)} texts; {values['steps']} steps of {values['batch']} pairs"

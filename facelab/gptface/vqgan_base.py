@@ -19,7 +19,7 @@ from ..data.embedded import Recipe, check_world
 from ..data.paint_frame import LABELS19
 from ..data.world import people_of, world_items
 from .vqgan_training import FACE64, reconstruction_rows, train_vqgan
-from ..lab.base import Base, load_base
+from ..lab.base import Base, base_of, load_base
 from ..lab.errors import InputError
 from ..lab.inputs import input_path
 from ..nets.codec import VQGANConfig
@@ -79,13 +79,13 @@ def vqgan_from_base(
 
 
 def open_vqgan(
-    which: str | Path = "base",  # "base"; a folder that `VQGAN.save` wrote; a checkpoint (.ckpt, .pt, .pth, .safetensors) of taming-transformers; or asset:vqgan-f16
+    which: str | Path = "base",  # "base", or a folder of bases/; a folder that `VQGAN.save` wrote; a checkpoint (.ckpt, .pt, .pth, .safetensors) of taming-transformers; or asset:vqgan-f16
     codes: int | None = None,  # that it must have; None: any number
     device: str = "cpu",
 ) -> VQGAN:  # in eval mode, frozen
     "The lab's tokenizer, or the user's. Raises `InputError` where it is missing, broken, or has another number of codes."
-    if which == "base":
-        net = vqgan_from_base(*load_base("vqgan"))
+    if (base := base_of(which, "vqgan")) is not None:
+        net = vqgan_from_base(*load_base(base), base)
     else:
         path = input_path(which)
         net = VQGAN.load(path) if path.is_dir() else VQGAN.from_taming(path)

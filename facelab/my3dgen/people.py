@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..lab.arrays import read_safetensors, write_safetensors
 from ..lab.errors import InputError
+from ..lab.base import base_of
 from ..lab.inputs import input_hash, input_path
 from ..lab.run import Job
 from .applications import yaw_cams
-from .eg3d_base import base_of
 from .marked import MARKS, MarkedPerson, MomentViews, album, own_view, take
 from .own_photos import face_points, own_photos
 from .portraits import Portraits, as_photo
@@ -141,7 +141,7 @@ def prepare_people(
         return Sitters(job.people, photos, [], {})
     folders, notes, least = own_people(job.photo_folder)[: job.people], [], photos
     for number, folder in enumerate(folders):
-        made, landmarks = own_album(folder, config.size, "ffhq" if base_of(job.generator) is None else "base")
+        made, landmarks = own_album(folder, config.size, "ffhq" if base_of(job.generator, "eg3d") is None else "base")
         least = min(least, len(kept_out(len(made), job.tests)[0]))
         write_safetensors(job.scratch() / f"own_{number}.safetensors", {"images": made.images, "cams": made.cams, "landmarks": landmarks})
         notes.append(f"person {number} ({folder.name}): {made.skipped.report(len(made) + len(made.skipped))}")

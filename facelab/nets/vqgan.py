@@ -29,7 +29,8 @@ VQGANS = {
     "gptface": VQGANConfig(),  # paper 4.1, and the authors' code (VQGAN) where it is silent
     "f16-1024": VQGANConfig(n_embed=1024),  # authors' code (VQGAN)
     "f16-16384": VQGANConfig(n_embed=16384),  # authors' code (VQGAN)
-    "face64": VQGANConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, attn_resolutions=(), resolution=64, z_channels=64, embed_dim=16, n_embed=512, groups=8, legacy=False, l2_norm=True),  # ours: the shipped base
+    "face64": VQGANConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, attn_resolutions=(), resolution=64, z_channels=64, embed_dim=16, n_embed=512, groups=8, legacy=False, l2_norm=True),  # ours: the base vqgan, 64 tokens
+    "face64-fine": VQGANConfig(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=(), resolution=64, z_channels=64, embed_dim=16, n_embed=512, groups=8, legacy=False, l2_norm=True),  # ours: the base vqgan-fine, 256 tokens
 }
 
 # %% ../../nbs/nets/60_vqgan.ipynb #reconstructed
