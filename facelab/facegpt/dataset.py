@@ -138,7 +138,7 @@ def both_ways(
     return joined(plain, mirrored(plain)), [*talks, *(mirrored_talk(talk) for talk in talks if talk.kind in ABOUT_THE_PICTURE)]
 
 # %% ../../nbs/facegpt/85_dataset.ipynb #photo-questions
-MIX = {"image_to_face": 0.33, "text_to_face": 0.33, "several": 0.06, "mixed": 0.04, "face_conversation": 0.04, "detail": 0.03, "complex": 0.03, "hard_negative": 0.12, "general": 0.02}  # ours
+MIX = {"image_to_face": 0.34, "text_to_face": 0.37, "several": 0.01, "mixed": 0.04, "face_conversation": 0.04, "detail": 0.03, "complex": 0.03, "hard_negative": 0.12, "general": 0.02}  # ours
 ASKED = {"face_conversation": 1.0, "hard_negative": MIX["hard_negative"] / MIX["image_to_face"]}  # share of the photos that a model is asked about: each one, paper 4.1; as in `MIX`
 WITHOUT_FACE = ("face_conversation", "mixed", "detail", "complex", "hard_negative")  # talks about a face in words, some (mixed) with a request among them: what Table 5 leaves out
 
