@@ -491,7 +491,7 @@ def test_gains_are_told_by_target(editor, monkeypatch):
 
     monkeypatch.setattr(edit_scores, "answers", answers)
     monkeypatch.setattr(edit_scores, "embed_faces", lambda embedder, images, points: torch.ones(len(images), 1))
-    rows = {(row.method, row.metric): row for row in edit_scores.edit_rows(editor, edits, None, None, made, "toys")}
+    rows = {(row.method, row.metric): row for row in edit_scores.edit_rows(edits, None, None, made, "toys")}
     for who in ("", "gptface-train: "):
         guided, plain, free = (f"{who}{name}" for name in ("guided (default)", "words, no guidance", "classifier-free guidance 3"))
         assert [rows[guided, metric].value for metric in ("target hit", "target hit, No_Beard", "target hit, Wearing_Hat", "target hit without No_Beard")] == [50, 100, 0, 0]

@@ -216,7 +216,6 @@ def tokenized(vqgan: VQGAN, images: Sequence[UInt8[np.ndarray, "s s 3"]], batch:
 
 
 def edit_rows(
-    editor: FaceEditor,
     edits: EditSet,
     net: AttributeNet,
     embedder: FaceEmbedder,
@@ -233,7 +232,7 @@ def edit_rows(
     for name, items in made.items():
         images = [item.image for item in items]
         outside = [np.abs(i.image.astype(float) - b)[~i.mask].mean() / 255 for i, b in zip(items, edits.images)]
-        unpasted = [np.abs(p - b / 255.0)[~i.mask].mean() for i, b, p in zip(items, edits.images, editor.vqgan.pictures(torch.stack([i.codes for i in items])).cpu().permute(0, 2, 3, 1).numpy())]
+        unpasted = [np.abs(i.made - b / 255.0)[~i.mask].mean() for i, b in zip(items, edits.images)]
         found = {"target hit": (100.0 * (answers(net, images)[n, edits.attribute] == edits.wanted), "%", "higher"), "valid codes": (100.0 * np.array([i.valid for i in items]), "%", "higher"),
                  "identity": ((own * faces(images)).sum(1).double().numpy(), "", "higher"), "change outside the mask": (np.array(outside), "", "lower"), "the same without pasting": (np.array(unpasted), "", "lower")}
         if name != "no words":

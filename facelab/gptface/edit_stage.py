@@ -218,7 +218,7 @@ def run(
     order = sorted(pieces, key=lambda name: -COST.get(name, 1))  # the long ones first, so that no process waits
     done = dict(zip(order, side_by_side(made_edits, [pieces[name] for name in order], job.workers)))
     made = {name: done[name] for name in pieces}
-    rows = edit_rows(editor, edits, net, trained_embedder("base"), made, "test people")
+    rows = edit_rows(edits, net, trained_embedder("base"), made, "test people")
     rows += photo_rows(editor.vqgan, test, net, "test people") + accuracy_rows(net, parser, test, test_images, test_labels)
     shown = [item.image for item in {item.identity: item for item in reversed(test) if abs(item.pose[0]) < 0.5}.values()][-6:][::-1]  # one of each person
     figures = edit_figures(edits, {name: made[name] for name in asked}, job.edits) | {"fig6_tagging": tagging_figure(editor, shown[:5], job.tags), "fig7_reconstruction": codec_figure(editor, shown)}
