@@ -15,7 +15,7 @@ from ..data.world import people_of, world_items
 from .model import GPTFace
 from .pairs import WebPairs, encode_images, read_pairs, web_vocabulary, write_pairs
 from .pretrain import TokenSet, held_out, token_set
-from .small_gptface import gptface_from_base, lesson_counts, new_gptface, pretrain_small
+from .small_gptface import SharedHiding, gptface_from_base, lesson_counts, new_gptface, pretrain_small
 from .vqgan_base import open_vqgan
 from ..lab.base import Base
 from ..lab.paths import build_dir
@@ -38,7 +38,7 @@ def base_pairs(
 
 
 def make(
-    values: dict,  # seed, threads, world_seed, people, val_people, photos, pixels, faithful, vqgan, words, layers, width, heads, ffn_dim, steps, batch, rate, lessons, precision
+    values: dict,  # seed, threads, world_seed, people, val_people, photos, pixels, faithful, vqgan, words, layers, width, heads, ffn_dim, steps, batch, rate, lessons, precision, hiding
     world: str | Path | None = None,  # where the world is kept
     scratch: str | Path | None = None,  # of pairs and checkpoints; None: build/scratch/base-gptface
 ) -> Base:
@@ -50,7 +50,7 @@ def make(
     codes = encode_images(vqgan, pairs.images)
     tokens = lambda some, codes: token_set(vocab, model.config.layout, codes[torch.from_numpy(some.picture)], some.texts)
     told, everything = tokens(pairs.about_faces(), codes), tokens(pairs, codes)
-    pretrain_small(model, told, everything, vocab, lesson_counts(values["lessons"], values["steps"]), values["batch"], values["rate"], values["seed"], values["threads"], scratch / "training", device=values.get("device", "cpu"), precision=values["precision"])
+    pretrain_small(model, told, everything, vocab, lesson_counts(values["lessons"], values["steps"]), values["batch"], values["rate"], values["seed"], values["threads"], scratch / "training", device=values.get("device", "cpu"), precision=values["precision"], how=SharedHiding(**values["hiding"]))
     half, _ = gptface_from_base({key: tensor.half() for key, tensor in model.state_dict().items()}, plain := {"model": model.config.plain(), "pieces": list(vocab.pieces), "vqgan": values["vqgan"]})
     val = base_pairs(values, "val", values["val_people"], scratch, world)
     rows = base_rows(half, tokens(val, encode_images(vqgan, val.images)), len(val))

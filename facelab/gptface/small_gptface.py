@@ -132,6 +132,9 @@ class SharedHiding:
     texts: float = 0.2  # share with hidden pieces; the rest is whole
     pieces: float = 0.5  # share of the pieces that is hidden there
     beside_wrong: bool = True  # codes are asked for beside a wrong text too
+    limit: float = 0.65  # largest share of a picture that is hidden in the lesson told
+    spans: float = 0.5  # share of the pictures with a span hidden there, the others lose random places
+    words: float | None = None  # weight of the mean over hidden pieces beside that over hidden codes; None: one mean over all
 
 
 def hidden_in_some(
@@ -161,7 +164,7 @@ def match_and_fill(
     own: Int[Tensor, "b m"],  # ids of the pictures' own captions
     hidden: Bool[Tensor, "b n"],
     telling: Bool[Tensor, "k"],  # of each word id
-    beside_wrong: bool = True,  # hidden codes are asked for beside a wrong text too
+    how: SharedHiding = SharedHiding(),  # noqa: B008  # beside_wrong, words
 ) -> dict[str, Float[Tensor, ""]]:  # itm, word_match, milm, and shares of right answers
     "Matching of the whole, matching of each word, and what is hidden, in one pass."
     layout, given = model.config.layout, seq.ids.masked_fill(hidden, model.config.layout.mask)
@@ -172,14 +175,16 @@ def match_and_fill(
     here, has = telling.to(words.device)[words], torch.zeros(len(own), len(telling), dtype=torch.bool, device=own.device).scatter_(1, own, True)
     each = itm_loss(model.match(model.norm(x[:, layout.first_text :][here])), has.gather(1, words)[here]) if here.any() else x.sum() * 0.0
     asked = hidden.clone()
-    asked[:, layout.first_text if beside_wrong else 0 :] &= matched[:, None]  # a wrong text is not to be filled in
+    asked[:, layout.first_text if how.beside_wrong else 0 :] &= matched[:, None]  # a wrong text is not to be filled in
     at = asked.float().sort(dim=1, descending=True, stable=True).indices[:, : int(asked.sum(1).max())]
     states = model.norm(model.blocks[-1](x, see, torch.cat([at.new_zeros(len(at), 1), at], 1)))
     match, which = model.match(states[:, 0]), asked.gather(1, at)
     truth, logits = seq.ids.gather(1, at)[which], model.logits(states[:, 1:][which])
     hits, image = logits.argmax(1).eq(truth).float(), truth >= layout.words
     share = lambda kind: hits[kind].mean() if kind.any() else hits.new_zeros(())
-    return {"itm": itm_loss(match, matched), "word_match": each, "milm": F.cross_entropy(logits, truth) if len(truth) else states.sum() * 0.0,
+    mean = lambda kind: F.cross_entropy(logits[kind], truth[kind]) if kind.any() else states.sum() * 0.0
+    milm = mean(image | True) if how.words is None else mean(image) + how.words * mean(~image)
+    return {"itm": itm_loss(match, matched), "word_match": each, "milm": milm,
             "itm_accuracy": match.argmax(1).eq(matched.long()).float().mean(), "image_accuracy": share(image), "text_accuracy": share(~image)}
 
 # %% ../../nbs/gptface/68_small_gptface.ipynb #listed-words
@@ -234,10 +239,11 @@ def lesson(
     device: str = "auto",
     accumulate: int = 1,
     precision: str = "no",
+    how: SharedHiding = SharedHiding(),  # noqa: B008  # limit, spans
 ) -> Pretraining:
     "One of the lessons as a configuration."
     at = LESSONS.index(which)
-    masking = Masking(ImageBudget(0.15, 0.05, max(1, steps // 11), 0.65) if which == "told" else ImageBudget(0.5, 0, 1, 0.5), text_ratio=SharedHiding.pieces)
+    masking = Masking(ImageBudget(0.15, (how.limit - 0.15) / 10, max(1, steps // 11), how.limit) if which == "told" else ImageBudget(0.5, 0, 1, 0.5), how.spans, text_ratio=how.pieces)
     batch = 2 * batch if which == "lists" else batch  # one sequence a picture, not two
     return Pretraining(steps, batch, rate / 2 if which == "all" else rate, 0.2, min(20, steps // 4), (0.15, 0.3, 0.05, 0.3)[at], (0.9, 0.99), 0.05, masking=masking, seed=seed + at, threads=threads, device=device, accumulate=accumulate, precision=precision, log_every=max(1, steps // 20))
 
@@ -267,7 +273,7 @@ def lesson_loss(
             texts = torch.cat([text, text[other_texts(text, rng)]])
             seq, matched = join(model.config.layout, codes.repeat(2, *[1] * (codes.ndim - 1)), texts, trim=True), texts.eq(text.repeat(2, 1)).all(1)
             hidden = hidden_in_some(model.config.layout, seq, how, config.masking, step.number, rng, starts)
-            terms |= match_and_fill(model, seq, matched, text.repeat(2, 1), hidden, telling, how.beside_wrong)
+            terms |= match_and_fill(model, seq, matched, text.repeat(2, 1), hidden, telling, how)
         return terms | {"loss": sum(terms[name] for name in ("words", "itm", "word_match", "milm") if name in terms)}
 
     return loss_fn
@@ -297,7 +303,7 @@ def pretrain_small(
     for which, count in zip(ORDER, steps):
         if not count:
             continue
-        data, config = pairs if which == "all" else told, lesson(which, count, batch, rate, seed, threads, device, accumulate, precision)
+        data, config = pairs if which == "all" else told, lesson(which, count, batch, rate, seed, threads, device, accumulate, precision, how)
         done = pretrain(config, model, data, scratch=None if scratch is None else scratch / which, facts=[which, *steps, asdict(how)], label=f"GPTFace, {which}", progress=progress, loss_fn=lesson_loss(which, config, data, vocab, how))
         curves.append(done.curve.assign(step=done.curve["step"] + before, lesson=which))
         before += count
