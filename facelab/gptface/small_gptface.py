@@ -337,8 +337,11 @@ def open_gptface(
     vqgan: str | Path | None = None,  # as for `open_vqgan`; None: the one that the base was trained with, the base of VQGANs for a folder
 ) -> PretrainedFace:
     "A pre-trained GPTFace, frozen. Raises `InputError` where there is none, or the tokenizer is not the one that it was trained with."
-    tensors, config = load_base("gptface") if folder == "base" else ({}, {})
-    model, vocab = gptface_from_base(tensors, config) if folder == "base" else load_gptface(input_path(folder))
+    if folder == "base":
+        tensors, config = load_base("gptface")
+        (model, vocab), own = gptface_from_base(tensors, config), config.get("vqgan", "base")
+    else:
+        (model, vocab), own = load_gptface(input_path(folder)), "base"
     if vocab is None:
         raise InputError(folder, "no vocab.txt", "the words beside the weights", "Copy the folder whole.")
-    return PretrainedFace(model.requires_grad_(False), vocab, open_vqgan(vqgan or config.get("vqgan", "base"), model.config.layout.codes))
+    return PretrainedFace(model.requires_grad_(False), vocab, open_vqgan(vqgan or own, model.config.layout.codes))
