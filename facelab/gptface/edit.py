@@ -40,7 +40,7 @@ from ..nets.parser import FaceParser, OutlineParser, UNetParser
 from ..nets.vqgan import VQGAN
 
 # %% ../../nbs/gptface/59_edit.ipynb #editor
-BASE_HOW = {"guidance": {"strength": 0.2}, "decoding": {"temperature": 0.5}}  # of the lab's GPTFace: a small search, by hits and valid codes, on validation people of its world; in no record
+BASE_HOW = {"guidance": {"strength": 0.15}, "decoding": {"temperature": 0.5}}  # of the lab's GPTFace: a small search, by hits and valid codes, on validation people of its world; in no record
 
 
 class FaceEditor(FaceReader):
