@@ -25,6 +25,8 @@ from facelab.lab.record import rounded
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 STAGES = list(stages(ROOT))
+GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+BY_HAND = [name for name in STAGES if GRAPH[name].get("frozen")]
 BASES = sorted(pin.with_name("record.json") for pin in (ROOT / "bases").glob("*/model.safetensors.dvc"))  # not those of a user's own data
 
 
@@ -120,12 +122,28 @@ def imported(module, root):
     return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [name for name in STAGES if name not in BY_HAND])
 def test_stage_depends_on_all_code_that_it_imports(stage):
-    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].get(stage, {})
     needed = imported(stages(ROOT)[stage].run.split(":")[0], ROOT)
-    lacking = [m for m in sorted(needed) if not any((m.replace(".", "/") + ".py").startswith(d if d.endswith(".py") else d + "/") for d in graph["deps"])]
+    lacking = [m for m in sorted(needed) if not any((m.replace(".", "/") + ".py").startswith(d if d.endswith(".py") else d + "/") for d in GRAPH[stage]["deps"])]
     assert len(needed) > 3 and not lacking
+
+
+@pytest.mark.parametrize("stage", BY_HAND)
+def test_a_frozen_stage_leaves_the_lock_as_it_is(stage):
+    "`dvc repro -f` writes into dvc.lock what a frozen stage depends on, without running it: git stays clean where that is the notebook alone, as locked."
+    notebook = stages(ROOT)[stage].notebook
+    locked = yaml.safe_load((ROOT / "dvc.lock").read_text(encoding="utf-8"))["stages"][stage]
+    assert GRAPH[stage]["deps"] == [notebook] == [dep["path"] for dep in locked["deps"]]
+    assert locked["deps"][0]["md5"] == hashlib.md5((ROOT / notebook).read_bytes()).hexdigest(), f"the notebook is not the one that ran: dvc repro -f -s {stage}"
+    assert locked["params"] == {f"profiles/mini/{stage}.yaml": read_yaml(ROOT / f"profiles/mini/{stage}.yaml")}
+
+
+def test_what_dvc_pins_is_not_in_git():
+    "A file that both hold stops `dvc repro -f`."
+    pinned = {(path.parent / out["path"]).relative_to(ROOT).as_posix() for path in [ROOT / "data.dvc", *(ROOT / "bases").rglob("*.dvc")] for out in yaml.safe_load(path.read_text())["outs"]}
+    held = subprocess.run(["git", "ls-files", "--", *sorted(pinned)], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert len(pinned) > 5 and held == []
 
 
 def test_profiles_hold_no_stray_file():
@@ -148,7 +166,7 @@ def unwritten(path, stage, graph, run_by_default):
     writers = [name for name, spec in graph.items() for out in spec.get("outs", []) if f"{path}/".startswith((out if isinstance(out, str) else next(iter(out))) + "/")]
     if not writers:
         return "no stage writes there"
-    if writers[0] != stage and not any(f"{path}/".startswith(dep + "/") for dep in graph[stage]["deps"]):
+    if writers[0] != stage and not graph[stage].get("frozen") and not any(f"{path}/".startswith(dep + "/") for dep in graph[stage]["deps"]):
         return f"{stage} does not depend on what {writers[0]} writes"
     return "" if path in {*run_by_default, *SHOWN_ELSEWHERE} else f"{writers[0]} writes no such part: nothing in the default run reads it"
 
@@ -156,11 +174,10 @@ def unwritten(path, stage, graph, run_by_default):
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_profile_names_is_made_by_a_stage_or_is_a_base(stage):
     "A part of an output counts where the default run, which is tested as a whole, reads or writes it."
-    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     run_by_default = set().union(*(made_here(profile_values(name, "mini", ROOT)) for name in STAGES))
-    wrong = {(profile, path): why for profile in PROFILES for path in made_here(profile_values(stage, profile, ROOT)) if (why := unwritten(path, stage, graph, run_by_default))}
+    wrong = {(profile, path): why for profile in PROFILES for path in made_here(profile_values(stage, profile, ROOT)) if (why := unwritten(path, stage, GRAPH, run_by_default))}
     assert wrong == {}
-    assert unwritten("build/checkpoints/nowhere", stage, graph, run_by_default) and unwritten("build/checkpoints/gptface-train/vqgan", "gptface-edit", graph, run_by_default) and unwritten("bases/nowhere", stage, graph, run_by_default)
+    assert unwritten("build/checkpoints/nowhere", stage, GRAPH, run_by_default) and unwritten("build/checkpoints/gptface-train/vqgan", "gptface-edit", GRAPH, run_by_default) and unwritten("bases/nowhere", stage, GRAPH, run_by_default)
 
 
 @pytest.mark.parametrize("record", BASES, ids=lambda p: p.parent.name)
