@@ -9,6 +9,7 @@ __all__ = ['FACE64_EG3D', 'FACE128_EG3D', 'Distillation', 'start_generator', 'te
 # %% ../../nbs/my3dgen/80_distillation.ipynb #imports
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ..lab.schedule import Cosine
 from ..lab.train import Items, Player, TrainConfig, train
 from .traits import TraitTable, draw_traits
 from ..nets.eg3d import EG3DConfig, Generator
+from ..nets.muon import MuonAdam, matrix_groups
 from ..nets.stylegan2 import MappingNetwork, StyleGAN2Config
 from ..nets.superres import SuperresConfig
 from ..nets.view_losses import SeenViews, picture_psnr
@@ -32,7 +34,7 @@ from ..nets.volume import VolumeConfig
 
 # %% ../../nbs/my3dgen/80_distillation.ipynb #config
 FACE64_EG3D = EG3DConfig(
-    StyleGAN2Config(z_dim=len(Z_NAMES), w_dim=128, c_dim=0, layers=4, hidden=256, lr_mul=1.0, size=64, out_channels=36, channels=(128, 96, 64, 32, 16), train_noise=True),
+    StyleGAN2Config(z_dim=len(Z_NAMES), w_dim=128, c_dim=0, layers=4, hidden=256, lr_mul=1.0, size=64, out_channels=36, channels=(128, 128, 96, 64, 48), train_noise=True),
     VolumeConfig(12, 12, near=2.35, far=3.15, white=True), SuperresConfig(12, 32, (32, 24), (False, True), clamp=None), neural_size=32, hidden=32, pivot=PIVOT,
 )  # ours
 FACE128_EG3D = EG3DConfig(
@@ -48,9 +50,9 @@ class Distillation(ViewTraining):
     net: EG3DConfig = FACE64_EG3D
     steps: int = 12000
     guided_samples: tuple[int, int] = (4, 6)  # along a ray, where the second ones are about the true depth
-    rate: float = 1.5e-2  # Adam
-    lesson_heads: int = 12000  # whose traits the mapping learns first; 0: it learns with the rest
-    lesson_steps: int = 5000
+    rate: float = 1.5e-2  # Adam, for what is no matrix
+    lesson_heads: int = 120000  # whose traits the mapping learns first; 0: it learns with the rest
+    lesson_steps: int = 9000
 
 # %% ../../nbs/my3dgen/80_distillation.ipynb #start-generator
 def start_generator(
@@ -66,14 +68,15 @@ def start_generator(
 def teach_mapping(
     mapping: MappingNetwork,  # without a label; trained in place
     table: TraitTable,  # a tenth of the heads is kept aside
-    steps: int = 5000,
+    steps: int = 9000,
     seed: int = 0,
     threads: int | None = None,
     scratch: str | Path | None = None,  # of the checkpoints, as for `distill`
     label: str = "mapping",  # of the progress line
     progress: bool = True,
-    batch: int = 256,
-    rate: float = 3e-3,  # Adam
+    batch: int = 512,
+    rate: float = 3e-3,  # Adam, for biases
+    share: float = 16.0,  # Muon's rate, of Adam's
 ) -> dict[str, float]:  # of each trait, the share that is explained on heads that were kept aside
     "Teach a mapping what z means: a line reads the traits off its styles. Styles end with mean square 1."
     kept = len(table.z) - max(1, len(table.z) // 10)
@@ -85,8 +88,8 @@ def teach_mapping(
         w = models["mapping"](table.z[numbers].to(step.device), None)[:, 0]
         return {"loss": (models["reader"](w) - table.values[numbers].to(step.device)).square().mean() + 1e-3 * w.square().mean()}
 
-    adam = lambda weights: torch.optim.Adam(weights, rate, (0.9, 0.99), fused=True)
-    player = Player("mapping", loss_fn, ["mapping", "reader"], adam, Cosine(steps, min(50, steps)))
+    matrices = lambda models: matrix_groups(nn.ModuleList([models["mapping"], models["reader"]]))
+    player = Player("mapping", loss_fn, matrices, partial(MuonAdam, lr=rate, share=share), Cosine(steps, min(50, steps)))
     how = TrainConfig(steps, min(batch, kept), seed=seed, threads=threads, log_every=max(1, steps // 50), device="cpu")
     done = train(how, {"mapping": mapping, "reader": reader}, [player], Items.numbers(kept), scratch, [], {"table": [len(table.z), float(table.values.abs().sum())], "names": list(table.names)}, label, progress)
     mapping.load_state_dict(done.state_dict("mapping"))

@@ -23,6 +23,7 @@ from ..lab.errors import InputError
 from ..lab.schedule import Cosine, FixedDecay
 from ..lab.train import Every, Items, Player, Step, TrainConfig, train
 from .eg3d import EG3DConfig, Generator
+from .muon import MuonAdam, matrix_groups
 from .view_losses import SeenViews, ViewWeights, picture_terms, ray_terms
 from .volume import VolumeConfig
 
@@ -41,7 +42,8 @@ class ViewTraining:
     samples: tuple[int, int] = (8, 8)  # along a ray
     guided_samples: tuple[int, int] = (8, 8)  # the same where the second ones are about the true depth
     guided: float = 0.5  # share of the later steps that are guided so; the early ones all are
-    rate: float = 1e-2  # Adam
+    rate: float = 1e-2  # Adam, for what is no matrix
+    share: float = 4.0  # Muon's rate for the matrices, of Adam's
     rate_floor: float = 0.03  # share of the rate at the end
     warmup: int = 50
     emphasis: float = 3.0  # how much more eyes, brows and mouth count
@@ -183,14 +185,14 @@ def train_on_views(
     label: str = "distil",  # of the progress line
     progress: bool = True,
 ) -> Distilled:
-    "Train a generator on known views: Adam, warm-up and cosine, averaged weights."
+    "Train a generator on known views: Muon for matrices, Adam for the rest, warm-up and cosine, averaged weights."
 
     def look(run):
         with run.evaluating():
             return {"val/psnr": score(run.models["generator"])}
 
-    adam = partial(torch.optim.Adam, lr=config.rate, betas=(0.9, 0.99), fused=True)
-    player = Player("generator", loss, ["generator"], adam, Cosine(config.steps, min(config.warmup, config.steps), config.rate_floor))
+    optimiser = partial(MuonAdam, lr=config.rate, share=config.share, betas=(0.9, 0.99))
+    player = Player("generator", loss, lambda models: matrix_groups(models["generator"]), optimiser, Cosine(config.steps, min(config.warmup, config.steps), config.rate_floor))
     how = TrainConfig(config.steps, config.heads, ema=FixedDecay(config.ema, warmup=True), seed=config.seed, threads=config.threads, log_every=max(1, config.steps // 200), device=config.device)
     every = [Every(max(1, config.steps // 12), look)] if score is not None else []
     about = {"distillation": asdict(config), "data": facts}
